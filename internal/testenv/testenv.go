@@ -1,0 +1,52 @@
+// Package testenv states a test's prerequisites: a missing program skips the test and says which one it is,
+// except in CI, where nothing may be missing.
+package testenv
+
+import (
+	"os"
+	"os/exec"
+	"testing"
+)
+
+// Need skips t, or fails it where the environment variable CI is "true", unless every program is on PATH.
+func Need(t testing.TB, programs ...string) {
+	t.Helper()
+	for _, p := range programs {
+		if _, err := exec.LookPath(p); err != nil {
+			Missing(t, "the program "+p)
+		}
+	}
+}
+
+// Missing skips t, or fails it in CI, because a prerequisite other than a program is absent.
+func Missing(t testing.TB, what string) {
+	t.Helper()
+	if os.Getenv("CI") == "true" {
+		t.Fatalf("missing in CI: %s", what)
+	}
+	t.Skipf("needs %s", what)
+}
+
+// Run executes a program that Need has found and returns its standard output; it fails t with everything
+// the program printed when it exits other than with 0.
+func Run(t testing.TB, name string, args ...string) string {
+	t.Helper()
+	cmd := exec.Command(name, args...)
+	var stderr head
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("%s %q: %v\n%s%s", name, args, err, out, stderr)
+	}
+	return string(out)
+}
+
+// head keeps the first 64 KiB of what a program prints on its standard error.
+type head []byte
+
+func (b *head) Write(p []byte) (int, error) {
+	if room := 64<<10 - len(*b); room > 0 {
+		*b = append(*b, p[:min(room, len(p))]...)
+	}
+	return len(p), nil
+}
