@@ -1,0 +1,535 @@
+package qcow2
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"slices"
+	"sync/atomic"
+
+	"github.com/platter-disk/platter/storage"
+)
+
+// generation counts barriers. Something that happened at generation g is durable once a barrier that began
+// at a later generation has completed, that is when g < Image.durable. 0 is always durable.
+type generation uint64
+
+// never is the generation of what no barrier will make true.
+const never = ^generation(0)
+
+// hostRun is a run of host clusters.
+type hostRun struct {
+	start hostCluster
+	n     int64
+	punch bool // give the space back once nothing reaches it
+}
+
+// freeRun is a run of clusters that is nobody's: of the reserve, or taken from it and not linked yet.
+type freeRun struct {
+	start   hostCluster
+	n       int64
+	raised  bool       // their counts are 1 already
+	counted generation // when they were raised
+	zeroed  generation // when the clusters began to read as zeros; never: they hold old bytes
+}
+
+// allocator hands out host clusters from a reserve whose counts were raised ahead of use. A whole batch of
+// counts rides on one barrier, the guest's own where possible, so that in steady state an allocation costs
+// none. Clusters of the reserve are what a crash may leak; Close gives them back.
+// All methods run under Image.mu.
+type allocator struct {
+	file  storage.File
+	geo   *geometry
+	refs  *refcounts
+	im    *Image
+	hint  hostCluster  // no free cluster lies before it
+	end   atomic.Int64 // file size in bytes
+	atEnd int64        // file size when the image was opened
+
+	reserve  []freeRun
+	reserved int64 // clusters in reserve
+	taken    bool  // something was taken since the last top-up
+	batch    int64 // clusters that are set aside at a time; grows with use
+	maxBatch int64
+	policy   countPolicy
+	noZero   bool // the file cannot zero a range without writing it
+
+	// busy holds clusters whose count is 0 and that are not free all the same: set aside under a policy that
+	// does not raise counts early, released by an update that is not durable, or about to take another
+	// compressed stream.
+	busy map[hostCluster]struct{}
+
+	packer packer
+}
+
+// countPolicy says when the count of a cluster is raised that is about to be used.
+type countPolicy uint8
+
+const (
+	countAhead  countPolicy = iota // in batches, ahead of use
+	countExact                     // when it is taken
+	countAtLink                    // by the update that links it
+)
+
+const (
+	firstBatch    = 16       // clusters
+	maxBatchBytes = 64 << 20 // of a batch, once the image has shown that it grows
+)
+
+func newAllocator(im *Image, refs *refcounts, fileSize int64) *allocator {
+	a := &allocator{
+		file: im.file, geo: &im.geo, refs: refs, im: im,
+		atEnd: fileSize,
+		batch: firstBatch, maxBatch: min(max(int64(maxBatchBytes)>>im.geo.clusterBits, firstBatch), 1024),
+		busy: map[hostCluster]struct{}{}, packer: packer{streams: map[hostCluster]int{}},
+	}
+	a.end.Store(fileSize)
+	return a
+}
+
+// take removes up to n contiguous clusters from the reserve, at least one. With zero it prefers clusters
+// that read as zeros, without it those that do not.
+func (a *allocator) take(n int64, zero bool) (freeRun, error) {
+	if len(a.reserve) == 0 {
+		if err := a.refill(max(n, a.aheadBatch())); err != nil {
+			return freeRun{}, err
+		}
+	}
+	best, bestScore := 0, -1
+	for i, r := range a.reserve {
+		score := 0
+		if (r.zeroed != never) == zero {
+			score += 2
+		}
+		if r.n >= n {
+			score++
+		}
+		if score > bestScore {
+			best, bestScore = i, score
+		}
+		if score == 3 {
+			break
+		}
+	}
+	r := &a.reserve[best]
+	got := *r
+	got.n = min(n, r.n)
+	r.start += hostCluster(got.n)
+	r.n -= got.n
+	if r.n == 0 {
+		a.reserve = slices.Delete(a.reserve, best, best+1)
+	}
+	a.reserved -= got.n
+	a.taken = true
+	return got, nil
+}
+
+func (a *allocator) aheadBatch() int64 {
+	if a.policy == countExact {
+		return 1
+	}
+	return a.batch
+}
+
+// giveBack returns clusters that were taken and not linked. Whatever was written into them stays there.
+func (a *allocator) giveBack(r freeRun) {
+	r.zeroed = never
+	a.put(r)
+}
+
+func (a *allocator) put(r freeRun) {
+	a.reserved += r.n
+	if k := len(a.reserve); k > 0 {
+		last := &a.reserve[k-1]
+		if next := last.start + hostCluster(last.n); next == r.start && last.raised == r.raised && last.counted == r.counted && last.zeroed == r.zeroed {
+			last.n += r.n
+			return
+		}
+	}
+	a.reserve = append(a.reserve, r)
+}
+
+// topUp sets the next batch aside ahead of need, so that its barrier is the one of the flush that is starting.
+func (a *allocator) topUp() error {
+	if !a.taken || a.policy == countExact {
+		return nil
+	}
+	a.taken = false
+	if a.reserved*2 > a.batch {
+		return nil
+	}
+	a.batch = min(a.batch*2, a.maxBatch)
+	return a.refill(a.batch)
+}
+
+// refill sets aside up to n more clusters, at least one.
+func (a *allocator) refill(n int64) error {
+	start, got, err := a.described(n)
+	if err != nil {
+		return err
+	}
+	r := freeRun{start: start, n: got}
+	from, to := int64(a.geo.offsetOf(start)), int64(a.geo.offsetOf(start+hostCluster(got)))
+	if end := a.end.Load(); from < end {
+		r.zeroed = a.zero(from, min(to, end))
+	}
+	if err := a.extend(to); err != nil {
+		return err
+	}
+	for c := start; c < start+hostCluster(got); c++ {
+		if a.policy == countAtLink {
+			a.busy[c] = struct{}{}
+		} else if err := a.refs.set(c, 1); err != nil {
+			return err
+		}
+	}
+	r.raised = a.policy != countAtLink
+	r.counted = a.im.gen
+	a.hint = start + hostCluster(got)
+	a.put(r)
+	return nil
+}
+
+// link counts clusters as used by an update that is being accepted, and tells when that was.
+func (a *allocator) link(r freeRun) (generation, error) {
+	if r.raised {
+		return r.counted, nil
+	}
+	for c := r.start; c < r.start+hostCluster(r.n); c++ {
+		v, err := a.refs.get(c)
+		if err != nil {
+			return 0, err
+		}
+		if err := a.refs.set(c, v+1); err != nil {
+			return 0, err
+		}
+		delete(a.busy, c)
+	}
+	return a.im.gen, nil
+}
+
+// described finds a run of free clusters that refcount blocks exist for, at most n long, making blocks where
+// there are none. A new block takes clusters of the run that it was made for.
+func (a *allocator) described(n int64) (hostCluster, int64, error) {
+	for {
+		start, got, err := a.findFree(n)
+		if err != nil {
+			return 0, 0, err
+		}
+		made, err := a.ensureBlocks(start, got)
+		if err != nil {
+			return 0, 0, err
+		}
+		if !made {
+			return start, got, nil
+		}
+	}
+}
+
+// zero makes a range of free clusters read as zeros without writing them; it tells since when they do.
+func (a *allocator) zero(from, to int64) generation {
+	if a.noZero {
+		return never
+	}
+	if err := a.file.ZeroRange(from, to-from); err != nil {
+		a.noZero = a.noZero || errors.Is(err, errors.ErrUnsupported)
+		return never
+	}
+	a.im.wrote()
+	return a.im.gen
+}
+
+// extend makes the file reach to the given offset, so that no pointer ever designates a place past its end.
+func (a *allocator) extend(to int64) error {
+	if to <= a.end.Load() {
+		return nil
+	}
+	if err := a.file.Truncate(to); err != nil {
+		return fmt.Errorf("%s: extending to %d bytes: %w", a.file.Name(), to, err)
+	}
+	a.end.Store(to)
+	a.im.wrote()
+	return nil
+}
+
+// fileClusters is the number of clusters the file reaches over.
+func (a *allocator) fileClusters() hostCluster { return hostCluster(a.geo.clustersFor(a.end.Load())) }
+
+// findFree returns the first run of free clusters from the hint on, at most n long. The disk goes on past
+// the end of the file; a cluster there is free unless it has a count all the same.
+func (a *allocator) findFree(n int64) (hostCluster, int64, error) {
+	c := a.hint
+	for {
+		free, err := a.free(c)
+		if err != nil {
+			return 0, 0, err
+		}
+		if free {
+			break
+		}
+		c++
+	}
+	a.hint = c
+	k := int64(1)
+	for ; k < n; k++ {
+		if free, err := a.free(c + hostCluster(k)); err != nil {
+			return 0, 0, err
+		} else if !free {
+			break
+		}
+	}
+	if edge := int64(a.fileClusters() - c); edge > 0 && k > edge {
+		k = edge // what lies past the end reads as zeros and makes a run of its own
+	}
+	return c, k, nil
+}
+
+func (a *allocator) free(c hostCluster) (bool, error) {
+	v, err := a.refs.get(c)
+	if v != 0 || c == 0 || err != nil {
+		return false, err
+	}
+	_, busy := a.busy[c]
+	return !busy, nil
+}
+
+// contiguous allocates exactly n contiguous clusters, for tables of level 1. The caller writes all of them.
+func (a *allocator) contiguous(n int64) (hostCluster, error) {
+	hint := a.hint
+	defer func() { a.hint = hint }()
+	for {
+		start, got, err := a.described(n)
+		if err != nil {
+			return 0, err
+		}
+		if got == n {
+			run := freeRun{start: start, n: n}
+			if err := a.extend(int64(a.geo.offsetOf(start + hostCluster(n)))); err != nil {
+				return 0, err
+			}
+			_, err := a.link(run)
+			return start, err
+		}
+		a.hint = start + hostCluster(got)
+	}
+}
+
+// lower takes one reference from a cluster and tells whether it was the last.
+func (a *allocator) lower(c hostCluster) (last bool, err error) {
+	v, err := a.refs.get(c)
+	if err != nil {
+		return false, err
+	}
+	if v == 0 {
+		return false, fmt.Errorf("%s: the reference count of cluster %d, which was in use, is 0: the image needs to be checked", a.file.Name(), c)
+	}
+	return v == 1, a.refs.set(c, v-1)
+}
+
+// release lowers the counts of clusters that a durable update released. Under countAhead, clusters that lose
+// their last reference go to the reserve while there is room, and their counts stay as they are.
+func (a *allocator) release(r hostRun) error {
+	for c := r.start; c < r.start+hostCluster(r.n); c++ {
+		if a.policy == countAhead && a.wanted(c) {
+			if v, err := a.refs.get(c); err != nil {
+				return err
+			} else if v == 1 {
+				a.packer.leave(a.geo, c)
+				a.put(freeRun{start: c, n: 1, raised: true, zeroed: a.punch(c, r.punch)})
+				continue
+			}
+		}
+		last, err := a.lower(c)
+		if err != nil {
+			return err
+		}
+		if last {
+			a.recycle(c, r.punch)
+		}
+	}
+	return nil
+}
+
+// wanted reports whether the reserve has room for a cluster that is being given up.
+func (a *allocator) wanted(c hostCluster) bool {
+	return a.policy != countExact && a.reserved < 2*a.batch && !a.packer.pending(c)
+}
+
+// recycle makes a cluster that lost its last reference available again; the update that released it is
+// durable.
+func (a *allocator) recycle(c hostCluster, punch bool) {
+	if a.packer.pending(c) {
+		a.busy[c] = struct{}{} // another stream is on its way there
+		return
+	}
+	a.packer.leave(a.geo, c)
+	zeroed := a.punch(c, punch)
+	if a.policy == countAtLink && a.wanted(c) {
+		a.busy[c] = struct{}{}
+		a.put(freeRun{start: c, n: 1, zeroed: zeroed})
+		return
+	}
+	delete(a.busy, c)
+	a.hint = min(a.hint, c)
+}
+
+// punch gives the space of an unreachable cluster back if that is wanted; it tells since when the cluster
+// reads as zeros. A file that cannot do it keeps the space, which loses nothing.
+func (a *allocator) punch(c hostCluster, wanted bool) generation {
+	at := int64(a.geo.offsetOf(c))
+	if !wanted || a.file.PunchHole(at, min(a.geo.clusterSize, max(a.end.Load()-at, 0))) != nil {
+		return never
+	}
+	a.im.wrote()
+	return a.im.gen
+}
+
+// returnReserve lowers the counts of everything that was raised and never used.
+func (a *allocator) returnReserve() error {
+	for _, r := range a.reserve {
+		for c := r.start; c < r.start+hostCluster(r.n); c++ {
+			delete(a.busy, c)
+			if !r.raised {
+				continue
+			}
+			if err := a.refs.set(c, 0); err != nil {
+				return err
+			}
+		}
+		a.hint = min(a.hint, r.start)
+	}
+	a.reserve, a.reserved = nil, 0
+	return nil
+}
+
+// trim cuts off what the file was extended by in this session and does not need. The counts of the clusters
+// that it cuts off are durably 0.
+func (a *allocator) trim() error {
+	c := a.fileClusters()
+	for c > 0 && int64(a.geo.offsetOf(c)) > a.atEnd {
+		free, err := a.free(c - 1)
+		if err != nil {
+			return err
+		}
+		if !free {
+			break
+		}
+		c--
+	}
+	end := max(int64(a.geo.offsetOf(c)), a.atEnd)
+	if end >= a.end.Load() {
+		return nil
+	}
+	if err := a.file.Truncate(end); err != nil {
+		return fmt.Errorf("%s: truncating to %d bytes: %w", a.file.Name(), end, err)
+	}
+	a.end.Store(end)
+	return nil
+}
+
+// ensureBlocks makes the refcount blocks that a run of free clusters lacks and reports whether it made any.
+// A new block lies in the first cluster of the run that it counts, so it describes itself, and is durable
+// before the table points to it (specification section 18.9).
+func (a *allocator) ensureBlocks(start hostCluster, n int64) (bool, error) {
+	first, _ := a.refs.blockOf(start)
+	last, _ := a.refs.blockOf(start + hostCluster(n-1))
+	if last >= int64(len(a.refs.table)) {
+		return true, a.growTable(last + 1)
+	}
+	table := a.refs.table
+	made := false
+	for b := first; b <= last; b++ {
+		if table[b]&^511 == 0 {
+			at := max(start, hostCluster(b*a.geo.refPerBlock))
+			if err := a.newBlock(b, at, at, at+1); err != nil {
+				return false, err
+			}
+			made = true
+		}
+	}
+	if !made {
+		return false, nil
+	}
+	if err := a.im.syncFiles(); err != nil {
+		return false, err
+	}
+	for b := first; b <= last; b++ {
+		if table[b]&^511 == 0 {
+			at := max(start, hostCluster(b*a.geo.refPerBlock))
+			table[b] = uint64(a.geo.offsetOf(at))
+			a.im.guard.add(at)
+			word := binary.BigEndian.AppendUint64(nil, table[b])
+			if err := a.im.writeMetadata(word, a.refs.at+hostOff(b*8)); err != nil {
+				return false, err
+			}
+		}
+	}
+	return true, nil
+}
+
+// newBlock writes a new refcount block with index b to the cluster at; it counts [from, to) as used once, as
+// far as they are its own.
+func (a *allocator) newBlock(b int64, at, from, to hostCluster) error {
+	if err := a.extend(int64(a.geo.offsetOf(at + 1))); err != nil {
+		return err
+	}
+	buf := make([]byte, a.geo.clusterSize)
+	base := hostCluster(b * a.geo.refPerBlock)
+	for c := max(from, base); c < min(to, base+hostCluster(a.geo.refPerBlock)); c++ {
+		setRefcount(buf, a.geo.refOrder, int(c-base), 1)
+	}
+	return a.im.writeMetadata(buf, a.geo.offsetOf(at))
+}
+
+// growTable moves the refcount table to a larger place that lies, together with the blocks that count it,
+// past everything the old table can describe (specification section 18.10).
+func (a *allocator) growTable(need int64) error {
+	old, oldAt := a.refs.table, a.refs.at
+	perCluster := a.geo.clusterSize / 8
+	start := max(a.fileClusters(), hostCluster(int64(len(old))*a.geo.refPerBlock))
+	firstBlock, _ := a.refs.blockOf(start)
+	// The blocks count the table and themselves: enlarge both until they agree.
+	var blocks, clusters int64
+	for {
+		last, _ := a.refs.blockOf(start + hostCluster(max(blocks+clusters, 1)-1))
+		entries := max(need, last+1, int64(len(old))*3/2)
+		b, t := last-firstBlock+1, (entries+perCluster-1)/perCluster
+		if b == blocks && t == clusters {
+			break
+		}
+		blocks, clusters = b, t
+	}
+	if clusters*a.geo.clusterSize > maxRefcountTableBytes {
+		return fmt.Errorf("%s: %w", a.file.Name(), errImageFull)
+	}
+	end := start + hostCluster(blocks+clusters)
+	table := make([]uint64, clusters*perCluster)
+	copy(table, old)
+	for i := range blocks {
+		at := start + hostCluster(i)
+		if err := a.newBlock(firstBlock+i, at, start, end); err != nil {
+			return err
+		}
+		table[firstBlock+i] = uint64(a.geo.offsetOf(at))
+		a.im.guard.add(at)
+	}
+	raw := make([]byte, 0, len(table)*8)
+	for _, e := range table {
+		raw = binary.BigEndian.AppendUint64(raw, e)
+	}
+	tableAt := a.geo.offsetOf(start + hostCluster(blocks))
+	if err := a.extend(int64(a.geo.offsetOf(end))); err != nil {
+		return err
+	}
+	if err := a.im.writeMetadata(raw, tableAt); err != nil {
+		return err
+	}
+	h := a.im.header
+	h.RefcountTableOffset, h.RefcountTableClusters = uint64(tableAt), uint32(clusters)
+	if err := a.im.switchHeader(fieldRefcountTable); err != nil {
+		return err
+	}
+	a.refs.table, a.refs.at = table, tableAt
+	a.im.guard.place(a.im)
+	return a.release(hostRun{start: a.geo.clusterOf(oldAt), n: a.geo.clustersFor(int64(len(old)) * 8)})
+}

@@ -1,0 +1,75 @@
+package qcow2
+
+import (
+	"fmt"
+	"strings"
+)
+
+// A change of an image's metadata is an update, and every discipline keeps the same law about it:
+//
+//  1. data before the word that exposes it, if losing that order would show anything but the old or the new
+//     bytes;
+//  2. a reference count before the word that uses it;
+//  3. released space is handed out again only when the update that released it is durable;
+//  4. a leak is acceptable where a discipline says so, a lost or foreign byte never.
+//
+// The words of an update change in memory at once, for everybody. When they reach the file is what a
+// discipline decides.
+type update struct {
+	slice   *tableSlice // where the words are: a pinned slice of an L2 table, or nil for the L1 table
+	first   int64       // index of the first word, in the slice or in the L1 table
+	words   []uint64
+	exposes generation // when the newest bytes this makes reachable were written; 0: none that owe a barrier
+
+	uses     []freeRun // what the words refer to from now on
+	releases []hostRun // what the image no longer reaches afterwards
+}
+
+// discipline decides when and how updates reach the disk. Its methods are safe for concurrent use.
+type discipline interface {
+	// accept takes an update; its words and counts change in memory. The caller holds Image.mu.
+	accept(u *update) error
+
+	// settle runs after an operation's updates were accepted, with no lock held but its guest range.
+	settle() error
+
+	// writeback writes accepted updates to the file, in safe order, so that cached tables can be evicted. It
+	// promises nothing about what is durable afterwards. No lock but guest ranges may be held.
+	writeback() error
+
+	// flush makes everything that was accepted before the call durable.
+	flush() error
+
+	// close makes everything durable and leaves the image as the format wants it between sessions.
+	close() error
+}
+
+// Disciplines that Options.Discipline names.
+const (
+	Synchronous = "synchronous" // every change of metadata is durable before the operation returns
+	Ordered     = "ordered"     // write-back tables with counts reserved ahead; nothing but leaks after a crash
+	Lazy        = "lazy"        // counts are written at close; after a crash they are rebuilt
+)
+
+// Disciplines lists the names that Options.Discipline takes.
+func Disciplines() []string { return []string{Synchronous, Ordered, Lazy} }
+
+// newDiscipline returns the discipline of a name. "" is what the image asks for: Lazy if its lazy refcounts
+// bit is set, else Ordered.
+func newDiscipline(name string, im *Image) (discipline, error) {
+	if name == "" {
+		name = Ordered
+		if im.header.Compatible&CompatLazyRefcounts != 0 {
+			name = Lazy
+		}
+	}
+	switch name {
+	case Synchronous:
+		return newSynchronous(im), nil
+	case Ordered:
+		return newOrdered(im), nil
+	case Lazy:
+		return newLazy(im)
+	}
+	return nil, fmt.Errorf("%s: discipline %q: want one of %s", im.file.Name(), name, strings.Join(Disciplines(), ", "))
+}

@@ -1,0 +1,91 @@
+package qcow2
+
+import (
+	"encoding/binary"
+	"fmt"
+	"sync/atomic"
+
+	"github.com/platter-disk/platter/internal/bufpool"
+	"github.com/platter-disk/platter/storage"
+)
+
+// ownL2 makes sure that the L2 table that maps off exists and belongs to the active tree alone, so that its
+// words may change. The caller holds a guest range of the table exclusively and no other lock.
+func (im *Image) ownL2(off guestOff) error {
+	i := im.geo.l1Index(off)
+	if e := im.l1.Load().entry(i); e.copied() && e.offset() != 0 {
+		return nil
+	}
+	im.mu.Lock()
+	err := im.ownL2Locked(i)
+	im.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	return im.discipline.settle()
+}
+
+func (im *Image) ownL2Locked(i int64) error {
+	e := im.l1.Load().entry(i)
+	if e.copied() && e.offset() != 0 {
+		return nil // somebody else was first
+	}
+	fresh, err := im.alloc.take(1, e.offset() == 0)
+	if err != nil {
+		return err
+	}
+	at := im.geo.offsetOf(fresh.start)
+	u := update{first: i, words: []uint64{uint64(at) | entryCopied}, uses: []freeRun{fresh}}
+	if e.offset() == 0 && fresh.zeroed != never {
+		// A table of zeros maps nothing, which is what was there before: it owes no barrier to the L1 word.
+		u.exposes = fresh.zeroed
+	} else {
+		if err := im.writeNewL2(e.offset(), at); err != nil {
+			im.alloc.giveBack(fresh)
+			return err
+		}
+		u.exposes = im.gen
+	}
+	if e.offset() != 0 {
+		u.releases = []hostRun{{start: im.geo.clusterOf(e.offset()), n: 1}}
+	}
+	im.guard.add(fresh.start)
+	if err := im.discipline.accept(&u); err != nil {
+		return im.fail(err)
+	}
+	return nil
+}
+
+// writeNewL2 writes the first contents of an L2 table: zeros, or a copy of the shared table it replaces. The
+// copy's clusters stay shared with the snapshot, so none may be written in place.
+func (im *Image) writeNewL2(from, to hostOff) error {
+	g := &im.geo
+	buf := bufpool.Get(int(g.clusterSize))
+	defer buf.Put()
+	raw := buf.B
+	clear(raw)
+	if from != 0 {
+		if err := storage.ReadFull(im.file, raw, int64(from)); err != nil {
+			return fmt.Errorf("%s: L2 table at offset %#x: %w", im.file.Name(), from, err)
+		}
+		im.overlayCached(raw, from)
+		for i := int64(0); i < g.l2Entries(); i++ {
+			raw[i*g.entrySize()] &^= entryCopied >> 56
+		}
+	}
+	return im.writeMetadata(raw, to)
+}
+
+// overlayCached replaces what raw, the contents of a table in the file, has not yet of the cached changes.
+// The caller holds mu, so no words change.
+func (im *Image) overlayCached(raw []byte, table hostOff) {
+	for pos := int64(0); pos < int64(len(raw)); pos += im.tables.bytes {
+		v, ok := im.tables.find(table + hostOff(pos))
+		if !ok || !v.s.held.Load() {
+			continue
+		}
+		for w := range v.s.words {
+			binary.BigEndian.PutUint64(raw[pos+int64(w)*8:], atomic.LoadUint64(&v.s.words[w]))
+		}
+	}
+}

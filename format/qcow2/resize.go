@@ -1,0 +1,244 @@
+package qcow2
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"sync/atomic"
+
+	"github.com/platter-disk/platter/block"
+	"github.com/platter-disk/platter/internal/bufpool"
+)
+
+// Resize grows the disk; the new part reads as zeros. size is in bytes and a multiple of 512. The disk cannot
+// shrink. An image whose snapshots do not record a size of their own (version 2), or that has persistent
+// dirty bitmaps, cannot change its size. Requests for the old part of the disk may go on meanwhile.
+func (im *Image) Resize(size int64, prealloc block.Preallocation) error {
+	im.resizing.Lock()
+	defer im.resizing.Unlock()
+	if err := im.checkResize(size); err != nil {
+		return err
+	}
+	if err := im.checkChange("resize", 0, 0); err != nil {
+		return err
+	}
+	old := im.size.Load()
+	if size == old {
+		return nil
+	}
+	if err := im.growL1(im.geo.l1Needed(size)); err != nil {
+		return err
+	}
+	if err := im.prepareGrown(guestOff(old), size-old, prealloc); err != nil {
+		return err
+	}
+	if err := im.flush(); err != nil {
+		return err
+	}
+	im.mu.Lock()
+	defer im.mu.Unlock()
+	im.header.Size = uint64(size)
+	if err := im.switchHeader(fieldSize); err != nil {
+		return err
+	}
+	im.size.Store(size)
+	return nil
+}
+
+func (im *Image) checkResize(size int64) error {
+	h, old := im.header, im.size.Load()
+	need := im.geo.l1Needed(size)
+	switch {
+	case size < 0 || size%sectorSize != 0:
+		return fmt.Errorf("%s: The new size must be a multiple of 512, not %d", im.file.Name(), size)
+	case h.Version < 3 && h.NbSnapshots > 0:
+		return fmt.Errorf("%s: Can't resize a v2 image which has snapshots", im.file.Name())
+	case h.Bitmaps != nil:
+		return fmt.Errorf("%s: Cannot resize qcow2 with persistent bitmaps", im.file.Name())
+	case size < old:
+		return fmt.Errorf("%s: shrinking from %d to %d bytes: %w", im.file.Name(), old, size, errors.ErrUnsupported)
+	case need*8 > maxL1Bytes || need > maxL1Index:
+		return fmt.Errorf("%s: The image size is too large: %d bytes need %d L1 entries, at most %d fit",
+			im.file.Name(), size, need, maxL1Bytes/8)
+	}
+	return nil
+}
+
+// prepareGrown gives the part of the disk that is about to appear its contents: zeros, whatever a longer
+// backing file holds there, and the place that preallocation asks for.
+func (im *Image) prepareGrown(off guestOff, n int64, prealloc block.Preallocation) error {
+	if im.rawData() {
+		prealloc = max(prealloc, block.PreallocMetadata)
+	}
+	if im.geo.dataFile {
+		if err := im.data.Truncate(int64(off) + n); err != nil {
+			return fmt.Errorf("%s: data file: %w", im.file.Name(), err)
+		}
+	}
+	if b := im.backed(off, n); b > 0 {
+		if err := im.hideBacking(off, b); err != nil {
+			return err
+		}
+	}
+	if prealloc == block.PreallocOff {
+		return nil
+	}
+	if im.backing != nil && !im.geo.extended {
+		return fmt.Errorf("%s: preallocation with a backing file needs extended L2 entries: %w", im.file.Name(), errors.ErrUnsupported)
+	}
+	return im.preallocate(off, n, prealloc)
+}
+
+// hideBacking makes a range past the end of the disk read as zeros although the backing file has it.
+func (im *Image) hideBacking(off guestOff, n int64) error {
+	unit := im.geo.unitSize()
+	end := int64(off) + n
+	from := (int64(off) + unit - 1) &^ (unit - 1)
+	if from >= end || !im.canZero() {
+		return im.writeOutZeroes(off, n)
+	}
+	if err := im.writeOutZeroes(off, from-int64(off)); err != nil {
+		return err
+	}
+	to := (end + unit - 1) &^ (unit - 1)
+	return im.zeroUnits(guestOff(from), to-from, zeroUnmap)
+}
+
+// preallocate maps every cluster of a range that has no host cluster to one that reads as zeros.
+func (im *Image) preallocate(off guestOff, n int64, how block.Preallocation) error {
+	end := off + guestOff(n)
+	for at := im.geo.clusterStart(off); at < end; {
+		step := min(int64(end-at), im.exclusiveRoom(at))
+		hold := im.lockClusters(at, step)
+		err := im.preallocateSlice(at, im.geo.clustersFor(step), how)
+		im.locks.unlock(hold)
+		if err != nil {
+			return err
+		}
+		at += guestOff(im.geo.clustersFor(step) << im.geo.clusterBits)
+	}
+	return nil
+}
+
+func (im *Image) preallocateSlice(off guestOff, clusters int64, how block.Preallocation) error {
+	g := &im.geo
+	if err := im.ownL2(off); err != nil {
+		return err
+	}
+	for clusters > 0 {
+		old, _, err := im.mapping(off)
+		if err != nil {
+			return err
+		}
+		if g.hasHost(old) || old.entry.compressed() || im.partials.get(off) != nil {
+			off, clusters = off+guestOff(g.clusterSize), clusters-1
+			continue
+		}
+		olds, _, err := im.newRun(off, clusters<<g.clusterBits, old)
+		if err != nil {
+			return err
+		}
+		run, err := im.takeClusters(off, int64(len(olds)), true)
+		if err != nil {
+			return err
+		}
+		exposes, err := im.layOut(run, how)
+		if err != nil {
+			im.giveBack(run)
+			return err
+		}
+		u := update{exposes: exposes}
+		if !g.dataFile {
+			u.uses = []freeRun{run}
+		}
+		for i := range run.n {
+			u.words = append(u.words, uint64(g.offsetOf(run.start+hostCluster(i)))|entryCopied)
+			if g.extended {
+				u.words = append(u.words, olds[i].bitmap)
+			}
+		}
+		word, _, _, err := im.l2Word(off)
+		if err != nil {
+			return err
+		}
+		if err := im.apply(word, u); err != nil {
+			return err
+		}
+		off, clusters = off+guestOff(run.n<<g.clusterBits), clusters-run.n
+	}
+	return nil
+}
+
+// layOut makes a run of new host clusters read as zeros in the way that preallocation asks for, and tells
+// since when they do.
+func (im *Image) layOut(run freeRun, how block.Preallocation) (generation, error) {
+	at, n := int64(im.geo.offsetOf(run.start)), run.n<<im.geo.clusterBits
+	if how == block.PreallocFalloc {
+		if err := im.data.Allocate(at, n); err != nil {
+			return 0, fmt.Errorf("%s: preallocation: %w", im.file.Name(), err)
+		}
+		im.wrote()
+	}
+	if how != block.PreallocFull {
+		if im.geo.dataFile {
+			return 0, nil // the data file was just extended over the range
+		}
+		if run.zeroed != never {
+			return run.zeroed, nil
+		}
+	}
+	const chunk = 1 << 20
+	buf := bufpool.Get(chunk)
+	defer buf.Put()
+	clear(buf.B)
+	for ; n > 0; at, n = at+chunk, n-chunk {
+		if err := im.overwrite(buf.B[:min(n, chunk)], hostOff(at)); err != nil {
+			return 0, err
+		}
+	}
+	return im.now(), nil
+}
+
+// growL1 moves the L1 table to a larger place (specification section 18.8).
+func (im *Image) growL1(need int64) error {
+	hold := im.locks.lock(0, 1<<62, true)
+	defer im.locks.unlock(hold)
+	old := im.l1.Load()
+	if need <= int64(len(old.words)) {
+		return nil
+	}
+	if err := im.discipline.flush(); err != nil {
+		return err
+	}
+	im.mu.Lock()
+	defer im.mu.Unlock()
+	clusters := im.geo.clustersFor(need * 8)
+	start, err := im.alloc.contiguous(clusters)
+	if err != nil {
+		return err
+	}
+	grown := &l1Table{at: im.geo.offsetOf(start), words: make([]uint64, need)}
+	raw := make([]byte, clusters<<im.geo.clusterBits)
+	for i := range old.words {
+		grown.words[i] = atomic.LoadUint64(&old.words[i])
+		binary.BigEndian.PutUint64(raw[i*8:], grown.words[i])
+	}
+	if err := im.writeMetadata(raw, grown.at); err != nil {
+		return err
+	}
+	im.countBatch.reset()
+	im.alloc.refs.collect(&im.countBatch)
+	if err := im.writeBatch(&im.countBatch); err != nil {
+		return err
+	}
+	im.header.L1Offset, im.header.L1Size = uint64(grown.at), uint32(need)
+	if err := im.switchHeader(fieldL1); err != nil {
+		return err
+	}
+	im.l1.Store(grown)
+	im.guard.place(im)
+	if err := im.alloc.release(hostRun{start: im.geo.clusterOf(old.at), n: im.geo.clustersFor(int64(len(old.words)) * 8)}); err != nil {
+		return im.fail(err)
+	}
+	return nil
+}

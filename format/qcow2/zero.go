@@ -1,0 +1,284 @@
+package qcow2
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/platter-disk/platter/block"
+	"github.com/platter-disk/platter/internal/bufpool"
+)
+
+// WriteZeroes makes a range read as zeros (specification section 15): whole clusters or subclusters by their
+// entries, the rest by writing zeros. Without block.MayUnmap clusters keep their place in the file.
+func (im *Image) WriteZeroes(off, length int64, flags block.ZeroFlags) error {
+	if err := im.checkChange("write zeroes", off, length); err != nil {
+		return err
+	}
+	if length == 0 {
+		return nil
+	}
+	mode := zeroKeep
+	if flags&block.MayUnmap != 0 {
+		mode = zeroUnmap
+	}
+	if err := im.writeZeroes(guestOff(off), length, mode, flags&block.FastOnly != 0); err != nil {
+		return err
+	}
+	return im.afterChange()
+}
+
+// Discard gives up the whole clusters of a range; the last, partial cluster of the disk counts as whole. What
+// the backing file holds does not show through afterwards: the clusters read as zeros, except in version 2
+// images with a backing file, which have no way to say so and keep their contents.
+func (im *Image) Discard(off, length int64) error {
+	if err := im.checkChange("discard", off, length); err != nil {
+		return err
+	}
+	if im.geo.version < 3 && im.backing != nil {
+		return nil
+	}
+	g := &im.geo
+	from, to := im.wholeUnits(off, length, g.clusterSize)
+	if from >= to {
+		return nil
+	}
+	if err := im.zeroUnits(guestOff(from), to-from, zeroUnmap); err != nil {
+		return err
+	}
+	return im.afterChange()
+}
+
+// zeroMode says what becomes of the clusters that are zeroed.
+type zeroMode uint8
+
+const (
+	zeroKeep  zeroMode = iota // they stay allocated
+	zeroUnmap                 // they are freed
+)
+
+// wholeUnits is the part of a range that consists of whole pieces of the given size.
+func (im *Image) wholeUnits(off, length, unit int64) (from, to int64) {
+	from, to = (off+unit-1)&^(unit-1), (off+length)&^(unit-1)
+	if off+length == im.size.Load() {
+		to = off + length
+	}
+	return from, to
+}
+
+// canZero reports whether L2 entries can say that a cluster reads as zeros.
+func (im *Image) canZero() bool { return im.geo.version >= 3 || im.backing == nil }
+
+func (im *Image) writeZeroes(off guestOff, length int64, mode zeroMode, fastOnly bool) error {
+	from, to := im.wholeUnits(int64(off), length, im.geo.unitSize())
+	end := int64(off) + length
+	if !im.canZero() || im.rawData() || from >= to {
+		from, to = end, end
+	}
+	if fastOnly {
+		fast, err := im.fastZero(off, from, to, end)
+		if err != nil {
+			return err
+		}
+		if !fast {
+			return fmt.Errorf("%s: write zeroes of %d bytes at %d would write them out: %w", im.file.Name(), length, off, errors.ErrUnsupported)
+		}
+	}
+	if err := im.writeOutZeroes(off, min(from, end)-int64(off)); err != nil {
+		return err
+	}
+	if err := im.zeroUnits(guestOff(from), to-from, mode); err != nil {
+		return err
+	}
+	return im.writeOutZeroes(guestOff(to), end-to)
+}
+
+// fastZero reports whether zeroing [off, end) needs nothing written outside [from, to).
+func (im *Image) fastZero(off guestOff, from, to, end int64) (bool, error) {
+	for _, r := range [][2]int64{{int64(off), from}, {to, end}} {
+		if r[0] < r[1] {
+			zero, err := im.readsZero(r[0], r[1]-r[0])
+			if !zero || err != nil {
+				return false, err
+			}
+		}
+	}
+	return true, nil
+}
+
+// readsZero reports whether a range is known to read as zeros.
+func (im *Image) readsZero(off, n int64) (bool, error) {
+	zero := true
+	err := im.extents(off, n, func(e block.Extent) bool {
+		zero = e.Zero
+		return zero
+	})
+	return zero, err
+}
+
+// writeOutZeroes writes zeros as data, where the range does not read as zeros already.
+func (im *Image) writeOutZeroes(off guestOff, n int64) error {
+	const chunk = 1 << 20
+	for n > 0 {
+		step := min(n, chunk)
+		zero, err := im.readsZero(int64(off), step)
+		if err != nil {
+			return err
+		}
+		if !zero {
+			buf := bufpool.Get(int(step))
+			clear(buf.B)
+			_, err := im.write(buf.B, off)
+			buf.Put()
+			if err != nil {
+				return err
+			}
+		}
+		off, n = off+guestOff(step), n-step
+	}
+	return nil
+}
+
+// rawData reports whether the external data file has to be a raw image of the disk at all times.
+func (im *Image) rawData() bool { return im.header.Autoclear&AutoclearRawData != 0 }
+
+// zeroUnits zeroes whole pieces by their entries.
+func (im *Image) zeroUnits(off guestOff, n int64, mode zeroMode) error {
+	if im.rawData() && n > 0 {
+		return im.zeroRaw(off, n)
+	}
+	for n > 0 {
+		step := min(n, im.exclusiveRoom(off))
+		skip, err := im.zeroAlready(off, n)
+		if err != nil {
+			return err
+		}
+		if skip > 0 {
+			off, n = off+guestOff(skip), n-skip
+			continue
+		}
+		hold := im.lockClusters(off, step)
+		err = im.zeroSlice(off, step, mode)
+		im.locks.unlock(hold)
+		if err != nil {
+			return err
+		}
+		off, n = off+guestOff(step), n-step
+	}
+	return nil
+}
+
+// zeroAlready returns how much of [off, off+n) no L2 table maps and nothing underneath fills.
+func (im *Image) zeroAlready(off guestOff, n int64) (int64, error) {
+	skip := int64(0)
+	for skip < n {
+		at, rest, _, err := im.l2Word(off + guestOff(skip))
+		if err != nil {
+			return 0, err
+		}
+		if at != 0 || im.backed(off+guestOff(skip), rest) > 0 {
+			break
+		}
+		// A table made meanwhile belongs to a request that runs concurrently with this one.
+		skip = min(n, skip+rest)
+	}
+	return skip, nil
+}
+
+// zeroRaw zeroes a range of a data file that has to be a raw image: its bytes change, the tables do not.
+func (im *Image) zeroRaw(off guestOff, n int64) error {
+	hold := im.lockClusters(off, n)
+	err := im.data.ZeroRange(int64(off), n)
+	if err == nil {
+		im.wrote()
+	}
+	im.locks.unlock(hold)
+	if errors.Is(err, errors.ErrUnsupported) {
+		return im.writeOutZeroes(off, n)
+	}
+	return err
+}
+
+// zeroSlice zeroes whole pieces inside one cached slice of an L2 table whose clusters the caller holds.
+func (im *Image) zeroSlice(off guestOff, n int64, mode zeroMode) error {
+	g := &im.geo
+	if err := im.ownL2(off); err != nil {
+		return err
+	}
+	start := g.clusterStart(off)
+	end := off + guestOff(n)
+	var u update
+	for at := start; at < end; at += guestOff(g.clusterSize) {
+		from := max(int64(off), int64(at)) - int64(at)
+		to := min(int64(end)-int64(at), g.clusterSize)
+		if int64(at)+to == im.size.Load() {
+			to = g.clusterSize
+		}
+		old, _, err := im.mapping(at)
+		if err != nil {
+			return err
+		}
+		if whole := to-from == g.clusterSize; whole {
+			im.abandonPartial(at)
+		} else if part := im.partials.get(at); part != nil || old.entry.compressed() {
+			if err := im.zeroPart(part, at, from, to); err != nil {
+				return err
+			}
+			if old, _, err = im.mapping(at); err != nil {
+				return err
+			}
+		}
+		words, freed := im.zeroEntry(old, from, to, mode)
+		u.words = append(u.words, words...)
+		if freed {
+			u.releases = append(u.releases, im.releases(old, mode != zeroKeep && im.opts.Discard)...)
+		}
+	}
+	word, _, _, err := im.l2Word(start)
+	if err != nil {
+		return err
+	}
+	return im.apply(word, u)
+}
+
+// zeroPart prepares a cluster for zeroing some of its subclusters by their bits: what is written on top of it
+// is linked, and a compressed cluster becomes a plain one.
+func (im *Image) zeroPart(part *partial, at guestOff, from, to int64) error {
+	if part != nil {
+		return im.link(part)
+	}
+	buf := bufpool.Get(int(to - from))
+	defer buf.Put()
+	clear(buf.B)
+	if err := im.writeMapping(buf.B, at+guestOff(from)); err != nil {
+		return err
+	}
+	if part = im.partials.get(at); part != nil {
+		return im.link(part)
+	}
+	return nil
+}
+
+// zeroEntry is the entry of a cluster after [from, to) of it was zeroed, and whether it gave up its host
+// clusters.
+func (im *Image) zeroEntry(old mapping, from, to int64, mode zeroMode) (words []uint64, freed bool) {
+	g := &im.geo
+	unallocated := old.entry&^entryCopied == 0 && old.bitmap == 0
+	if im.backing == nil && unallocated && !g.dataFile {
+		return append([]uint64{uint64(old.entry)}, make([]uint64, g.entryWords-1)...), false
+	}
+	if !g.extended {
+		switch {
+		case g.version < 3:
+			return []uint64{0}, true
+		case mode == zeroKeep && g.hasHost(old):
+			return []uint64{uint64(old.entry) | entryZero}, false
+		}
+		return []uint64{entryZero}, true
+	}
+	mask := g.subclusterMask(from, to)
+	whole := mask == 1<<subclusters-1
+	if whole && (mode != zeroKeep || !g.hasHost(old)) {
+		return []uint64{0, mask << 32}, true
+	}
+	return []uint64{uint64(old.entry), old.bitmap&^mask | mask<<32}, false
+}
