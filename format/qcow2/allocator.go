@@ -22,7 +22,10 @@ type hostRun struct {
 	start hostCluster
 	n     int64
 	punch bool // give the space back once nothing reaches it
+	table bool // they held a table
 }
+
+func (r hostRun) contains(c hostCluster) bool { return c >= r.start && c < r.start+hostCluster(r.n) }
 
 // freeRun is a run of clusters that is nobody's: of the reserve, or taken from it and not linked yet.
 type freeRun struct {
@@ -59,7 +62,8 @@ type allocator struct {
 	// compressed stream.
 	busy map[hostCluster]struct{}
 
-	packer packer
+	journal hostRun // the region of the metadata journal: never free, never counted
+	packer  packer
 }
 
 // countPolicy says when the count of a cluster is raised that is about to be used.
@@ -190,6 +194,33 @@ func (a *allocator) refill(n int64) error {
 	return nil
 }
 
+// freeRegion finds n contiguous free clusters for the journal: at the place it had before, if that is still
+// free, or past everything that is in use.
+func (a *allocator) freeRegion(before hostCluster, n int64) (hostCluster, error) {
+	if before > 0 && before+hostCluster(n) <= a.fileClusters() {
+		k := int64(0)
+		for ; k < n; k++ {
+			if free, err := a.free(before + hostCluster(k)); err != nil {
+				return 0, err
+			} else if !free {
+				break
+			}
+		}
+		if k == n {
+			return before, nil
+		}
+	}
+	c := a.fileClusters()
+	for k := int64(0); k < n; k++ {
+		if free, err := a.free(c + hostCluster(k)); err != nil {
+			return 0, err
+		} else if !free {
+			c, k = c+hostCluster(k)+1, -1
+		}
+	}
+	return c, nil
+}
+
 // link counts clusters as used by an update that is being accepted, and tells when that was.
 func (a *allocator) link(r freeRun) (generation, error) {
 	if r.raised {
@@ -290,7 +321,7 @@ func (a *allocator) free(c hostCluster) (bool, error) {
 		return false, err
 	}
 	_, busy := a.busy[c]
-	return !busy, nil
+	return !busy && !a.journal.contains(c), nil
 }
 
 // contiguous allocates exactly n contiguous clusters, for tables of level 1. The caller writes all of them.
@@ -450,21 +481,16 @@ func (a *allocator) ensureBlocks(start hostCluster, n int64) (bool, error) {
 	if !made {
 		return false, nil
 	}
-	if err := a.im.syncFiles(); err != nil {
-		return false, err
-	}
+	var words []tableWord
 	for b := first; b <= last; b++ {
 		if table[b]&^511 == 0 {
 			at := max(start, hostCluster(b*a.geo.refPerBlock))
 			table[b] = uint64(a.geo.offsetOf(at))
+			words = append(words, tableWord{a.refs.at + hostOff(b*8), table[b]})
 			a.im.guard.add(at)
-			word := binary.BigEndian.AppendUint64(nil, table[b])
-			if err := a.im.writeMetadata(word, a.refs.at+hostOff(b*8)); err != nil {
-				return false, err
-			}
 		}
 	}
-	return true, nil
+	return true, a.im.discipline.publishBlocks(words)
 }
 
 // newBlock writes a new refcount block with index b to the cluster at; it counts [from, to) as used once, as
@@ -526,10 +552,9 @@ func (a *allocator) growTable(need int64) error {
 	}
 	h := a.im.header
 	h.RefcountTableOffset, h.RefcountTableClusters = uint64(tableAt), uint32(clusters)
-	if err := a.im.switchHeader(fieldRefcountTable); err != nil {
-		return err
-	}
 	a.refs.table, a.refs.at = table, tableAt
 	a.im.guard.place(a.im)
-	return a.release(hostRun{start: a.geo.clusterOf(oldAt), n: a.geo.clustersFor(int64(len(old)) * 8)})
+	return a.im.discipline.changeHeader(fieldRefcountTable, []hostRun{{
+		start: a.geo.clusterOf(oldAt), n: a.geo.clustersFor(int64(len(old)) * 8), table: true,
+	}})
 }

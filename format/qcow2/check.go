@@ -142,6 +142,9 @@ type checker struct {
 	blockless   bool    // and there is no refcount block for it
 	wrongBlocks []int64 // indices of the refcount blocks with wrong counts, ascending
 
+	dangling    int64  // references past the end of the file
+	danglingEnd uint64 // the highest byte one of them reaches
+
 	repair      Repair // what is being repaired in this pass
 	newTable    bool   // the snapshot table has to be written anew
 	withoutRefs bool   // leave the refcount table and its blocks out: they are about to be replaced
@@ -224,6 +227,8 @@ func (c *checker) reference(who owner, off hostOff, size int64, weight uint32) e
 		return nil
 	}
 	if off < 0 || int64(off) > math.MaxInt64-size || int64(off)+size-c.size >= c.g.clusterSize {
+		c.dangling += int64(weight)
+		c.danglingEnd = max(c.danglingEnd, uint64(off)+uint64(size))
 		c.corrupt(int64(weight), "ERROR: counting reference for region exceeding the end of the file by one cluster or more: offset 0x%x size 0x%x",
 			uint64(off), size)
 		return nil

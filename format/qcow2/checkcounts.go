@@ -133,11 +133,14 @@ func (t *clusterCounts) add(at hostCluster, who owner, weight uint32) (collides 
 	i := at & (countPageSize - 1)
 	had := owner(p.packed[i] >> 4)
 	now := who
-	if had != ownerNone && (had != who || !who.shareable()) {
-		now = ownerCollision
-		if had != ownerCollision {
-			collides = had
-		}
+	switch {
+	case had == ownerCollision:
+		now = had
+	case had == ownerNone && (weight <= 1 || who.shareable()):
+	case had == ownerNone:
+		now, collides = ownerCollision, who
+	case had != who || !who.shareable():
+		now, collides = ownerCollision, had
 	}
 	return collides, p.set(i, now, p.count(i)+uint64(weight), t.budget)
 }

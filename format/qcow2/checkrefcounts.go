@@ -28,6 +28,8 @@ func (c *checker) countRefcountBlocks() error {
 		}
 		if n := c.counts.get(hostCluster(at)); n != 1 {
 			c.corrupt(1, "ERROR refcount block %d refcount=%d", i, n)
+		}
+		if c.counts.owner(hostCluster(at)) == ownerCollision {
 			c.damaged++
 		}
 		return nil

@@ -143,11 +143,11 @@ func (c *checker) countSnapshotL1s() error {
 		switch {
 		case s.L1Offset&uint64(c.g.clusterSize-1) != 0:
 			c.corrupt(1, "ERROR snapshot %s (%s) l1_offset=%#x: L1 table is not cluster aligned; snapshot table entry corrupted",
-				printable(s.ID), printable(s.Name), s.L1Offset)
+				printable(cString(s.ID)), printable(cString(s.Name)), s.L1Offset)
 			continue
 		case s.L1Size > maxL1Bytes/8:
 			c.corrupt(1, "ERROR snapshot %s (%s) l1_size=%#x: L1 table is too large; snapshot table entry corrupted",
-				printable(s.ID), printable(s.Name), s.L1Size)
+				printable(cString(s.ID)), printable(cString(s.Name)), s.L1Size)
 			continue
 		}
 		t := table{s.L1Offset, s.L1Size}

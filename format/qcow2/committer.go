@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"encoding/binary"
 	"sync"
 	"sync/atomic"
 )
@@ -16,14 +17,35 @@ import (
 type committer struct {
 	im         *Image
 	holdCounts bool         // counts stay in memory until close
-	prepare    func() error // runs before words are written, if it is set; the caller holds commitMu
+	prepare    func() error // runs before words are written, if it is set; the caller holds commits
 
-	commitMu sync.Mutex // one commit at a time
-	words    writeBatch
-	written  []*tableSlice
+	commits combiner
+	counts  writeBatch
+	words   writeBatch
+	written []*tableSlice
+}
 
-	started  atomic.Uint64 // flushes that began
-	finished uint64        // number of the newest flush that succeeded; guarded by commitMu
+// combiner runs commits one at a time and lets any number of waiting flushes share the next one.
+type combiner struct {
+	sync.Mutex               // held during a commit
+	started    atomic.Uint64 // flushes that began
+	finished   uint64        // number of the newest flush that succeeded; guarded by the mutex
+}
+
+// flush runs commit, unless one that began after the call does instead.
+func (c *combiner) flush(commit func() error) error {
+	before := c.started.Load()
+	c.Lock()
+	defer c.Unlock()
+	if c.finished > before {
+		return nil
+	}
+	number := c.started.Add(1)
+	if err := commit(); err != nil {
+		return err
+	}
+	c.finished = number
+	return nil
 }
 
 // take changes an update's words and counts in memory and notes what they wait for. The caller holds Image.mu.
@@ -67,35 +89,53 @@ func (w *committer) bound() error {
 }
 
 func (w *committer) writeback() error {
-	w.commitMu.Lock()
-	defer w.commitMu.Unlock()
+	w.commits.Lock()
+	defer w.commits.Unlock()
 	return w.commit(false)
 }
 
-// flush is one barrier for all who wait: a flush that began after the call covers it.
 func (w *committer) flush() error {
-	before := w.started.Load()
-	w.commitMu.Lock()
-	defer w.commitMu.Unlock()
-	if w.finished > before {
-		return w.im.failed()
-	}
-	number := w.started.Add(1)
-	if err := w.commit(true); err != nil {
+	return w.commits.flush(func() error { return w.commit(true) })
+}
+
+// publishBlocks makes new refcount blocks durable and then has the table point to them.
+func (w *committer) publishBlocks(words []tableWord) error {
+	if err := w.im.syncFiles(); err != nil {
 		return err
 	}
-	w.finished = number
+	for _, t := range words {
+		if err := w.im.writeMetadata(binary.BigEndian.AppendUint64(nil, t.word), t.at); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// settleCounts makes raised counts durable.
+func (w *committer) settleCounts() error { return w.flush() }
+
+// changeHeader switches fields of the header durably.
+func (w *committer) changeHeader(f headerField, releases []hostRun) error {
+	im := w.im
+	if err := im.switchHeader(f); err != nil {
+		return err
+	}
+	for _, r := range releases {
+		if err := im.alloc.release(r); err != nil {
+			return im.fail(err)
+		}
+	}
 	return nil
 }
 
 // commit writes what was accepted so far; a durable one ends with a barrier and then makes what the updates
-// released available again. The caller holds commitMu.
+// released available again. The caller holds commits.
 func (w *committer) commit(durable bool) error {
 	im := w.im
 	if err := im.failed(); err != nil {
 		return err
 	}
-	counts := &im.countBatch
+	counts := &w.counts
 	im.mu.Lock()
 	if durable {
 		if err := im.alloc.topUp(); err != nil {
@@ -142,6 +182,7 @@ func (w *committer) commit(durable bool) error {
 	im.mu.Lock()
 	defer im.mu.Unlock()
 	im.writtenBack(w.written)
+	im.alloc.refs.writtenBack()
 	if !durable {
 		im.quarantine = append(released, im.quarantine...)
 		for _, r := range released {

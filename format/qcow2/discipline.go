@@ -25,6 +25,12 @@ type update struct {
 	releases []hostRun // what the image no longer reaches afterwards
 }
 
+// tableWord is a word of the refcount table and where it lies.
+type tableWord struct {
+	at   hostOff
+	word uint64
+}
+
 // discipline decides when and how updates reach the disk. Its methods are safe for concurrent use.
 type discipline interface {
 	// accept takes an update; its words and counts change in memory. The caller holds Image.mu.
@@ -37,6 +43,18 @@ type discipline interface {
 	// promises nothing about what is durable afterwards. No lock but guest ranges may be held.
 	writeback() error
 
+	// publishBlocks has the refcount table point to refcount blocks that were just written. The caller holds
+	// Image.mu.
+	publishBlocks(words []tableWord) error
+
+	// settleCounts runs before changeHeader if counts were raised for what the header is going to point to.
+	settleCounts() error
+
+	// changeHeader brings fields of the header in memory to the file, after everything that they point to,
+	// and gives up what they pointed to before. It is durable after the next flush at the latest. The caller
+	// holds Image.mu.
+	changeHeader(f headerField, releases []hostRun) error
+
 	// flush makes everything that was accepted before the call durable.
 	flush() error
 
@@ -48,19 +66,24 @@ type discipline interface {
 const (
 	Synchronous = "synchronous" // every change of metadata is durable before the operation returns
 	Ordered     = "ordered"     // write-back tables with counts reserved ahead; nothing but leaks after a crash
+	Journal     = "journal"     // changes go to a journal and to their places later; nothing leaks
 	Lazy        = "lazy"        // counts are written at close; after a crash they are rebuilt
 )
 
 // Disciplines lists the names that Options.Discipline takes.
-func Disciplines() []string { return []string{Synchronous, Ordered, Lazy} }
+func Disciplines() []string { return []string{Synchronous, Ordered, Lazy, Journal} }
 
-// newDiscipline returns the discipline of a name. "" is what the image asks for: Lazy if its lazy refcounts
-// bit is set, else Ordered.
+// newDiscipline returns the discipline of a name. "" is what the image asks for: Journal if it
+// has the journal extension, Lazy if its lazy refcounts bit is set, else Ordered.
 func newDiscipline(name string, im *Image) (discipline, error) {
 	if name == "" {
-		name = Ordered
-		if im.header.Compatible&CompatLazyRefcounts != 0 {
+		switch {
+		case im.header.Journal != nil:
+			name = Journal
+		case im.header.Compatible&CompatLazyRefcounts != 0:
 			name = Lazy
+		default:
+			name = Ordered
 		}
 	}
 	switch name {
@@ -70,6 +93,8 @@ func newDiscipline(name string, im *Image) (discipline, error) {
 		return newOrdered(im), nil
 	case Lazy:
 		return newLazy(im)
+	case Journal:
+		return newJournal(im)
 	}
 	return nil, fmt.Errorf("%s: discipline %q: want one of %s", im.file.Name(), name, strings.Join(Disciplines(), ", "))
 }

@@ -135,7 +135,7 @@ func appendExtension(out []byte, typ uint32, data []byte) []byte {
 // known reports whether Header.Encode writes this extension from fields of the Header.
 func (e Extension) known() bool {
 	switch e.Type {
-	case extBackingFormat, extFeatureNames, extBitmaps, extCrypto, extDataFile:
+	case extBackingFormat, extFeatureNames, extBitmaps, extCrypto, extDataFile, extJournal:
 		return true
 	}
 	return false
@@ -172,9 +172,17 @@ func (h *Header) applyExtensions(name string) error {
 			err = h.applyBitmaps(name, e.Data)
 		case extCrypto:
 			err = h.applyCrypto(name, e.Data)
+		case extJournal:
+			h.Journal, err = h.journalExtension(name, e.Data)
 		}
 		if err != nil {
 			return err
+		}
+	}
+	if h.Incompatible&IncompatJournal != 0 && h.Journal == nil {
+		return &FormatError{
+			File: name, Problem: "the journal feature bit is set without a journal extension", Field: "header extensions",
+			Found: "no journal extension", Expected: fmt.Sprintf("one, because incompatible feature bit %d is set", journalFeatureBit),
 		}
 	}
 	if h.CryptMethod == cryptLUKS && h.Crypto == nil {
@@ -226,6 +234,16 @@ func (h *Header) applyBitmaps(name string, data []byte) error {
 	}
 	h.Bitmaps = b
 	return nil
+}
+
+// journalExtension reads the journal extension. One that is damaged does not matter while there is no journal.
+func (h *Header) journalExtension(name string, data []byte) (*JournalExtension, error) {
+	live := h.Incompatible&IncompatJournal != 0
+	j, err := decodeJournalExtension(name, data, h.ClusterBits, live)
+	if err != nil && !live {
+		return nil, nil
+	}
+	return j, err
 }
 
 func (h *Header) applyCrypto(name string, data []byte) error {

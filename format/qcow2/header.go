@@ -30,7 +30,7 @@ const (
 	AutoclearBitmaps uint64 = 1 << 0 // the bitmaps extension is consistent with the disk
 	AutoclearRawData uint64 = 1 << 1 // the external data file is a valid raw image at all times
 
-	knownIncompat = IncompatDirty | IncompatCorrupt | IncompatDataFile | IncompatCompression | IncompatExtendedL2
+	knownIncompat = IncompatDirty | IncompatCorrupt | IncompatDataFile | IncompatCompression | IncompatExtendedL2 | IncompatJournal
 )
 
 // Values of Header.CompressionType.
@@ -101,6 +101,7 @@ type Header struct {
 
 	Bitmaps *BitmapsExtension // nil: there are none, or the autoclear bit says that they are stale
 	Crypto  *CryptoExtension  // nil unless CryptMethod is 2
+	Journal *JournalExtension // nil: the image is not journalled
 }
 
 // ClusterSize is the size of a cluster in bytes.
@@ -490,8 +491,15 @@ func (h *Header) appendExtensions(out []byte) []byte {
 		data := binary.BigEndian.AppendUint64(nil, c.Offset)
 		out = appendExtension(out, extCrypto, binary.BigEndian.AppendUint64(data, c.Length))
 	}
+	if j := h.Journal; j != nil {
+		out = appendExtension(out, extJournal, j.encode())
+	}
 	if h.Version >= 3 && h.ClusterSize() >= minClusterFeatureNames {
-		out = appendExtension(out, extFeatureNames, encodeFeatureNames(knownFeatures()))
+		names := knownFeatures()
+		if h.Journal != nil {
+			names = append(names, featureName{featureIncompatible, journalFeatureBit, journalFeatureName})
+		}
+		out = appendExtension(out, extFeatureNames, encodeFeatureNames(names))
 	}
 	if b := h.Bitmaps; b != nil {
 		data := binary.BigEndian.AppendUint32(nil, b.Count)
@@ -535,7 +543,7 @@ func (h *Header) encodeFields(out []byte) {
 }
 
 // cString cuts a fixed-size or unterminated string at its first NUL byte.
-func cString(b []byte) string {
+func cString[T string | []byte](b T) string {
 	s, _, _ := strings.Cut(string(b), "\x00")
 	return s
 }

@@ -125,7 +125,7 @@ var headerDamage = []struct {
 	{name: "compression without bit", edits: []edit{atBytes(104, 1)}, field: "incompatible_features", problem: "Compression type incompatible feature bit must be set"},
 	{name: "bit without compression", edits: []edit{at64(72, 8)}, field: "incompatible_features", problem: "Compression type incompatible feature bit must not be set"},
 	{name: "unknown compression", edits: []edit{at64(72, 8), atBytes(104, 7)}, field: "compression_type", problem: "unknown compression type: 7"},
-	{name: "unknown features", edits: []edit{at64(72, 1<<63|1<<5)}, field: "incompatible_features", problem: "Unsupported qcow2 feature(s): Unknown incompatible feature: 8000000000000020"},
+	{name: "unknown features", edits: []edit{at64(72, 1<<62|1<<5)}, field: "incompatible_features", problem: "Unsupported qcow2 feature(s): Unknown incompatible feature: 4000000000000020"},
 	{name: "unknown feature beside corrupt", edits: []edit{at64(72, 0x22)}, field: "incompatible_features", problem: "Unsupported qcow2 feature(s): Unknown incompatible feature: 20"},
 	{
 		name: "named feature", field: "incompatible_features", problem: "Unsupported qcow2 feature(s): warp drive, Unknown incompatible feature: 40",

@@ -1,9 +1,11 @@
 package qcow2
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -34,7 +36,7 @@ type Options struct {
 
 // Image is an open qcow2 image: a block.Device kept in a storage.File.
 //
-// Locks, in the order they are taken: resizing, the guest range, committer.commitMu, mu, a cache set.
+// Locks, in the order they are taken: resizing, the guest range, combiner, mu, a cache set.
 type Image struct {
 	file    storage.File
 	data    storage.File // where guest data lies: file, or the external data file
@@ -70,7 +72,6 @@ type Image struct {
 	quarantined int64     // clusters in quarantine
 	gen         generation
 	durable     generation
-	countBatch  writeBatch
 }
 
 // l1Table is the active L1 table. It is replaced as a whole when it grows.
@@ -90,6 +91,11 @@ func Open(f storage.File, o Options) (*Image, error) {
 	h, err := ReadHeader(f)
 	if err != nil {
 		return nil, err
+	}
+	if h.Incompatible&IncompatJournal != 0 {
+		if f, h, err = openJournalled(f, h, o.ReadOnly); err != nil {
+			return nil, err
+		}
 	}
 	if !o.ReadOnly {
 		if h.Incompatible&IncompatCorrupt != 0 {
@@ -136,6 +142,22 @@ func Open(f storage.File, o Options) (*Image, error) {
 		}
 	}
 	return im, nil
+}
+
+// openJournalled makes the metadata of a crashed image readable: by replaying its journal, or, read-only, by
+// looking at the file through it.
+func openJournalled(f storage.File, h *Header, readOnly bool) (storage.File, *Header, error) {
+	if readOnly {
+		view, _, err := journalOverlay(f, h)
+		if err != nil {
+			return nil, nil, err
+		}
+		f = view
+	} else if err := recoverJournal(f, h); err != nil {
+		return nil, nil, err
+	}
+	h, err := ReadHeader(f)
+	return f, h, err
 }
 
 func (im *Image) openTables(fileSize int64) error {
@@ -367,7 +389,7 @@ func (im *Image) changeWords(u *update) {
 func (im *Image) apply(at hostOff, u update) error {
 	start := im.tables.start(at)
 	s, err := im.tables.pin(start)
-	for errors.Is(err, errCacheFull) {
+	for err == errCacheFull {
 		if err := im.discipline.writeback(); err != nil {
 			return err
 		}
@@ -428,7 +450,7 @@ func (im *Image) writtenBack(taken []*tableSlice) {
 	}
 }
 
-// dropTable forgets a table that is not reachable any more. The caller holds mu.
+// dropTable forgets what is cached of a cluster that was, or is about to be, an L2 table. The caller holds mu.
 func (im *Image) dropTable(at hostOff) {
 	im.tables.drop(at, im.geo.clusterSize, func(s *tableSlice) {
 		s.dirty, s.need = 0, 0
@@ -500,6 +522,51 @@ var (
 	fieldRefcountTable = headerField{48, 60}
 	fieldFeatures      = headerField{72, 96}
 )
+
+// rewriteHeader brings the whole header in memory to the file, so that a crash leaves the old or the new one.
+// Only the first sector changes atomically; the new extensions and the backing file name are therefore laid
+// out once where the old header has nothing, and then, while the header points there, where they belong
+// (specification section 18.20). The caller holds mu.
+func (im *Image) rewriteHeader() error {
+	final, err := im.header.Encode()
+	if err != nil {
+		return fmt.Errorf("%s: %w", im.file.Name(), err)
+	}
+	old := make([]byte, len(final))
+	if err := storage.ReadFull(im.file, old, 0); err != nil {
+		return fmt.Errorf("%s: header: %w", im.file.Name(), err)
+	}
+	if bytes.Equal(final[sectorSize:], old[sectorSize:]) {
+		return im.switchSector(final)
+	}
+	used := int64(max(len(bytes.TrimRight(final, "\x00")), len(bytes.TrimRight(old, "\x00"))))
+	moved := *im.header
+	aside := (used + sectorSize) &^ (sectorSize - 1) // past everything that either layout uses
+	moved.Unknown = append(slices.Clone(moved.Unknown), make([]byte, aside-int64(moved.HeaderLength))...)
+	if temporary, err := moved.Encode(); err == nil {
+		if err := im.writeMetadata(temporary[aside:], hostOff(aside)); err != nil {
+			return err
+		}
+		if err := im.switchSector(temporary); err != nil {
+			return err
+		}
+	}
+	if err := im.writeMetadata(final[sectorSize:], sectorSize); err != nil {
+		return err
+	}
+	return im.switchSector(final)
+}
+
+// switchSector writes the first sector of the header between two barriers.
+func (im *Image) switchSector(header []byte) error {
+	if err := im.syncFiles(); err != nil {
+		return err
+	}
+	if err := im.writeMetadata(header[:sectorSize], 0); err != nil {
+		return err
+	}
+	return im.syncFiles()
+}
 
 // switchHeader brings fields of the header in memory to the file, between two barriers: what they point to
 // is durable before, the switch afterwards. The caller holds mu.

@@ -47,8 +47,9 @@ func (im *Image) ownL2Locked(i int64) error {
 		u.exposes = im.gen
 	}
 	if e.offset() != 0 {
-		u.releases = []hostRun{{start: im.geo.clusterOf(e.offset()), n: 1}}
+		u.releases = []hostRun{{start: im.geo.clusterOf(e.offset()), n: 1, table: true}}
 	}
+	im.dropTable(at) // what the cluster held when it was a table before
 	im.guard.add(fresh.start)
 	if err := im.discipline.accept(&u); err != nil {
 		return im.fail(err)

@@ -9,7 +9,7 @@ import "fmt"
 // host cluster could show through.
 type lazy struct {
 	committer
-	marked bool // the dirty bit is durable; guarded by commitMu
+	marked bool // the dirty bit is durable; guarded by committer.commits
 }
 
 func newLazy(im *Image) (*lazy, error) {

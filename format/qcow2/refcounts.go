@@ -27,6 +27,10 @@ type refcounts struct {
 	hand       int
 	limit      int // pieces
 	last       *refPiece
+
+	// log, if it is set, is told every change, as the aligned 8 bytes of a block that hold it; nothing is
+	// written to its place then but by collect.
+	log func(at hostOff, word uint64)
 }
 
 // refPiece is a cached piece of a refcount block.
@@ -35,6 +39,8 @@ type refPiece struct {
 	data  []byte
 	dirty uint64 // sectors that differ from the file
 	used  bool
+
+	writing bool // a batch holds a copy that is not in the file yet: stays
 }
 
 func openRefcounts(f storage.File, geo *geometry, h *Header, cacheBytes int64) (*refcounts, error) {
@@ -90,7 +96,12 @@ func (r *refcounts) set(c hostCluster, v uint64) error {
 		return err
 	}
 	setRefcount(p.data, r.geo.refOrder, i, v)
-	p.dirty |= 1 << (i << r.geo.refOrder / 8 / sectorSize)
+	byteAt := i << r.geo.refOrder / 8
+	p.dirty |= 1 << (byteAt / sectorSize)
+	if r.log != nil {
+		byteAt &^= 7
+		r.log(p.at+hostOff(byteAt), binary.BigEndian.Uint64(p.data[byteAt:]))
+	}
 	return nil
 }
 
@@ -140,11 +151,14 @@ func (r *refcounts) room() (*refPiece, error) {
 		r.order = append(r.order, p)
 		return p, nil
 	}
-	for {
+	for range 2 * len(r.order) {
 		p := r.order[r.hand]
 		r.hand = (r.hand + 1) % len(r.order)
 		if p.used {
 			p.used = false
+			continue
+		}
+		if p.writing || p.dirty != 0 && r.log != nil {
 			continue
 		}
 		if err := r.write(p); err != nil {
@@ -153,6 +167,10 @@ func (r *refcounts) room() (*refPiece, error) {
 		r.forget(p)
 		return p, nil
 	}
+	// Everything has changes that a commit or a checkpoint is about to bring to the file.
+	p := &refPiece{data: make([]byte, r.pieceBytes)}
+	r.order = append(r.order, p)
+	return p, nil
 }
 
 func (r *refcounts) forget(p *refPiece) {
@@ -183,14 +201,22 @@ func sectorRun(mask uint64) (from, n int) {
 	return from, bits.TrailingZeros64(^(mask >> from))
 }
 
-// collect moves all changed sectors to a batch of writes.
+// collect copies all changed sectors to a batch of writes. Their pieces stay cached until writtenBack.
 func (r *refcounts) collect(w *writeBatch) {
 	for _, p := range r.order {
+		p.writing = p.writing || p.dirty != 0
 		for p.dirty != 0 {
 			from, n := sectorRun(p.dirty)
 			w.add(p.at+hostOff(from*sectorSize), p.data[from*sectorSize:(from+n)*sectorSize])
 			p.dirty &^= (1<<n - 1) << from
 		}
+	}
+}
+
+// writtenBack lets go of what was collected: it is in the file.
+func (r *refcounts) writtenBack() {
+	for _, p := range r.order {
+		p.writing = false
 	}
 }
 

@@ -81,7 +81,8 @@ func (c *checker) repairFindings() error {
 		}
 	}
 	c.stored = newStoredCounts(c.f, c.h, &c.g)
-	if err := c.checkCopied(c.repair == RepairAll || before.Clean()); err != nil {
+	inOrder := before.Corruptions+before.CheckErrors == 0 && before.Leaks == c.res.LeaksFixed
+	if err := c.checkCopied(c.repair == RepairAll || inOrder); err != nil {
 		return err
 	}
 	return c.f.Sync()

@@ -9,7 +9,8 @@ import (
 )
 
 // rebuilding is a set of new tables that replaces the refcount table and all its blocks, and the snapshot
-// table if that is to be replaced. It lies above everything the file holds:
+// table if that is to be replaced. It lies above everything the file holds, and above what entries refer to
+// past its end (which comes to lie inside the file by that, and goes on reading as zeros):
 //
 //	| file … | snapshot table | refcount blocks | refcount table |
 //
@@ -43,7 +44,7 @@ func (c *checker) rebuild() error {
 		return fmt.Errorf("%s: rebuild the refcount structure: %w", c.f.Name(), err)
 	}
 	// Whatever was wrong with the counts is now right, except that collisions are still there.
-	c.res.CorruptionsFixed += c.damaged + c.tooLow
+	c.res.CorruptionsFixed += c.damaged + c.tooLow + c.dangling
 	if !r.collides {
 		c.res.LeaksFixed += c.res.Leaks
 	}
@@ -57,6 +58,13 @@ func (r *rebuilding) count() error {
 	if err != nil {
 		return err
 	}
+	// A reference that ends up to 2^63 and more past the file cannot be brought inside it.
+	end := max(uint64(c.size), r.c.danglingEnd)
+	if end > maxCheckClusters<<c.g.clusterBits {
+		return r.unrepairable("references up to byte %d, past the end of the file", end)
+	}
+	c.size = int64(end)
+	c.clusters = c.g.clustersFor(c.size)
 	c.snapshots, c.tableSize = r.c.snapshots, r.c.tableSize
 	c.withoutRefs, c.newTable = true, r.c.newTable
 	if err := c.countReferences(); err != nil {
@@ -69,6 +77,13 @@ func (r *rebuilding) count() error {
 		r.snapshots, err = encodeSnapshots(r.c.snapshots)
 	}
 	return err
+}
+
+func (r *rebuilding) unrepairable(format string, args ...any) error {
+	return &FormatError{
+		File: r.c.f.Name(), Problem: "The refcount structure cannot be rebuilt", Field: "refcount table",
+		Found: fmt.Sprintf(format, args...), Expected: "what the table can describe", Err: errUnrepairable,
+	}
 }
 
 // layout decides how many blocks there have to be. The new tables are counted in them, so that is a fixed
@@ -103,11 +118,7 @@ func (r *rebuilding) layout() error {
 	}
 	slices.Sort(r.blocks)
 	if r.tableLength<<c.g.clusterBits > maxRefcountTableBytes {
-		return &FormatError{
-			File: c.f.Name(), Problem: "The refcount structure cannot be rebuilt", Field: "refcount table",
-			Found:    fmt.Sprintf("%d bytes needed", r.tableLength<<c.g.clusterBits),
-			Expected: fmt.Sprintf("at most %d", maxRefcountTableBytes), Err: errUnrepairable,
-		}
+		return r.unrepairable("a table of %d bytes, more than %d, would be needed", r.tableLength<<c.g.clusterBits, maxRefcountTableBytes)
 	}
 	for at := r.top; at < r.tableAt+hostCluster(r.tableLength); at++ {
 		who := ownerRefcountTable

@@ -35,10 +35,17 @@ func (im *Image) Resize(size int64, prealloc block.Preallocation) error {
 	if err := im.flush(); err != nil {
 		return err
 	}
+	if err := im.changeSize(size); err != nil {
+		return err
+	}
+	return im.flush()
+}
+
+func (im *Image) changeSize(size int64) error {
 	im.mu.Lock()
 	defer im.mu.Unlock()
 	im.header.Size = uint64(size)
-	if err := im.switchHeader(fieldSize); err != nil {
+	if err := im.discipline.changeHeader(fieldSize, nil); err != nil {
 		return err
 	}
 	im.size.Store(size)
@@ -210,12 +217,31 @@ func (im *Image) growL1(need int64) error {
 	if err := im.discipline.flush(); err != nil {
 		return err
 	}
+	grown, err := im.newL1(old, need)
+	if err != nil {
+		return err
+	}
+	if err := im.discipline.settleCounts(); err != nil {
+		return err
+	}
+	im.mu.Lock()
+	defer im.mu.Unlock()
+	im.header.L1Offset, im.header.L1Size = uint64(grown.at), uint32(need)
+	im.l1.Store(grown)
+	im.guard.place(im)
+	return im.discipline.changeHeader(fieldL1, []hostRun{{
+		start: im.geo.clusterOf(old.at), n: im.geo.clustersFor(int64(len(old.words)) * 8), table: true,
+	}})
+}
+
+// newL1 writes a copy of an L1 table with need entries to clusters of its own.
+func (im *Image) newL1(old *l1Table, need int64) (*l1Table, error) {
 	im.mu.Lock()
 	defer im.mu.Unlock()
 	clusters := im.geo.clustersFor(need * 8)
 	start, err := im.alloc.contiguous(clusters)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	grown := &l1Table{at: im.geo.offsetOf(start), words: make([]uint64, need)}
 	raw := make([]byte, clusters<<im.geo.clusterBits)
@@ -223,22 +249,5 @@ func (im *Image) growL1(need int64) error {
 		grown.words[i] = atomic.LoadUint64(&old.words[i])
 		binary.BigEndian.PutUint64(raw[i*8:], grown.words[i])
 	}
-	if err := im.writeMetadata(raw, grown.at); err != nil {
-		return err
-	}
-	im.countBatch.reset()
-	im.alloc.refs.collect(&im.countBatch)
-	if err := im.writeBatch(&im.countBatch); err != nil {
-		return err
-	}
-	im.header.L1Offset, im.header.L1Size = uint64(grown.at), uint32(need)
-	if err := im.switchHeader(fieldL1); err != nil {
-		return err
-	}
-	im.l1.Store(grown)
-	im.guard.place(im)
-	if err := im.alloc.release(hostRun{start: im.geo.clusterOf(old.at), n: im.geo.clustersFor(int64(len(old.words)) * 8)}); err != nil {
-		return im.fail(err)
-	}
-	return nil
+	return grown, im.writeMetadata(raw, grown.at)
 }

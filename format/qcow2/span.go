@@ -1,6 +1,10 @@
 package qcow2
 
-import "fmt"
+import (
+	"fmt"
+
+	"github.com/platter-disk/platter/storage"
+)
 
 // span is a run of the virtual disk with one kind of contents, contiguous in the file where it has bytes.
 type span struct {
@@ -18,54 +22,69 @@ func (s *span) inPlace() bool { return s.kind == kindNormal && s.copied }
 // at least shared, so the mapping does not change meanwhile. With tryOnly it returns storage.ErrWouldBlock
 // instead of waiting for a table to be read.
 func (im *Image) span(off guestOff, n int64, tryOnly bool) (span, error) {
-	at, rest, shared, err := im.l2Word(off)
-	if err != nil {
-		return span{}, err
-	}
-	n = min(n, rest)
-	if at == 0 {
-		return span{kind: kindUnallocated, n: n}, nil
-	}
-	start := im.tables.start(at)
 	for {
-		v, err := im.tables.view(start, tryOnly)
+		at, rest, e, err := im.l2Word(off)
 		if err != nil {
-			if err == errCacheFull {
-				if err := im.discipline.writeback(); err != nil {
-					return span{}, err
-				}
-				continue
-			}
 			return span{}, err
 		}
-		s, err := im.scan(v, int64(at-start)/8, off, n)
-		if !v.valid() {
+		if at == 0 {
+			return span{kind: kindUnallocated, n: min(n, rest)}, nil
+		}
+		start := im.tables.start(at)
+		v, err := im.view(start, tryOnly)
+		if err != nil {
+			return span{}, err
+		}
+		s, err := im.scan(v, int64(at-start)/8, off, min(n, rest))
+		if !im.seen(v, off, e) {
 			continue
 		}
-		s.copied = s.copied && !shared
+		s.copied = s.copied && e.copied()
 		return s, err
 	}
 }
 
+// view is tableCache.view that makes room where changes fill the cache.
+func (im *Image) view(start hostOff, tryOnly bool) (view, error) {
+	for {
+		v, err := im.tables.view(start, tryOnly)
+		if err != errCacheFull {
+			return v, err
+		}
+		if tryOnly {
+			return v, storage.ErrWouldBlock
+		}
+		if err := im.discipline.writeback(); err != nil {
+			return v, err
+		}
+	}
+}
+
+// seen reports whether what was read from a slice of the L2 table that e designates counts: the slice was not
+// refilled meanwhile, and the table was not replaced by a copy of its own, which may have freed its cluster.
+func (im *Image) seen(v view, off guestOff, e l1Entry) bool {
+	return v.valid() && im.l1.Load().entry(im.geo.l1Index(off)) == e
+}
+
 // l2Word returns where the L2 entry for a guest offset lies in the file (0: there is no L2 table), how many
-// bytes of the disk from off on the same table maps, and whether the table is shared with a snapshot.
-func (im *Image) l2Word(off guestOff) (at hostOff, rest int64, shared bool, err error) {
+// bytes of the disk from off on the same table maps, and the L1 entry.
+func (im *Image) l2Word(off guestOff) (at hostOff, rest int64, e l1Entry, err error) {
 	g := &im.geo
 	l1 := im.l1.Load()
 	i, index := g.l1Index(off), g.l2Index(off)
 	rest = (g.l2Entries()-index)<<g.clusterBits - g.inCluster(int64(off))
 	if i >= int64(len(l1.words)) {
-		return 0, rest, false, im.corrupt("L1 table", fmt.Sprintf("%d entries", len(l1.words)), fmt.Sprintf("more than %d", i))
+		return 0, rest, 0, im.corrupt("L1 table", fmt.Sprintf("%d entries", len(l1.words)), fmt.Sprintf("more than %d", i))
 	}
-	e := l1.entry(i)
+	e = l1.entry(i)
 	if e.offset() == 0 {
-		return 0, rest, false, nil
+		return 0, rest, e, nil
 	}
 	if e&l1ReservedMask != 0 || int64(e.offset())&(g.clusterSize-1) != 0 {
-		return 0, rest, false, im.corrupt(fmt.Sprintf("L1 entry %d", i), fmt.Sprintf("%#x", uint64(e)),
+		return 0, rest, e, im.corrupt(fmt.Sprintf("L1 entry %d", i), fmt.Sprintf("%#x", uint64(e)),
 			fmt.Sprintf("reserved bits clear and a multiple of the cluster size %d", g.clusterSize))
 	}
-	return e.offset() + hostOff(index*g.entrySize()), rest, !e.copied(), nil
+	return e.offset() + hostOff(index*g.entrySize()), rest, e, nil
 }
 
 // mappingAt decodes the entry whose first word has index i in a slice.
@@ -124,31 +143,27 @@ func (im *Image) scan(v view, i int64, off guestOff, n int64) (span, error) {
 	return s, nil
 }
 
-// mapping returns the whole L2 entry of the cluster at off.
-func (im *Image) mapping(off guestOff) (mapping, bool, error) {
-	at, _, shared, err := im.l2Word(off)
-	if err != nil || at == 0 {
-		return mapping{}, false, err
-	}
-	start := im.tables.start(at)
+// mapping returns the whole L2 entry of the cluster at off, and whether its host cluster belongs to the active
+// tree alone.
+func (im *Image) mapping(off guestOff) (m mapping, own bool, err error) {
 	for {
-		v, err := im.tables.view(start, false)
-		if err == errCacheFull {
-			if err = im.discipline.writeback(); err == nil {
-				continue
-			}
+		at, _, e, err := im.l2Word(off)
+		if err != nil || at == 0 {
+			return mapping{}, false, err
 		}
+		start := im.tables.start(at)
+		v, err := im.view(start, false)
 		if err != nil {
 			return mapping{}, false, err
 		}
 		m := im.mappingAt(v, int64(at-start)/8)
-		if !v.valid() {
+		if !im.seen(v, off, e) {
 			continue
 		}
 		if im.geo.hasHost(m) && int64(m.entry.offset())&(im.geo.clusterSize-1) != 0 {
 			return m, false, im.unaligned(off, m.entry)
 		}
-		return m, m.entry.copied() && !shared, nil
+		return m, m.entry.copied() && e.copied(), nil
 	}
 }
 

@@ -1,0 +1,135 @@
+package qcow2
+
+import (
+	"bytes"
+	"math/rand/v2"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/platter-disk/platter/storage"
+)
+
+func journalWorld(t *testing.T, cfg modelConfig) *world {
+	t.Helper()
+	cfg.how = Journal
+	cfg.create.Version = 3
+	if cfg.create.RefcountBits == 0 {
+		cfg.create.RefcountBits = 16
+	}
+	if cfg.backing > 0 {
+		cfg.create.BackingFile, cfg.create.BackingFormat = "base", "raw"
+	}
+	return newWorld(t, t, cfg, 11)
+}
+
+// TestJournalCrash leaves an image with its journal pending: QEMU refuses it by our feature's name, a
+// read-only open and a check see through the journal and write nothing, and a writable open replays it
+// without a leak.
+func TestJournalCrash(t *testing.T) {
+	w := journalWorld(t, modelConfig{create: CreateOptions{Size: 4 << 20, ClusterSize: 65536}, backing: 4 << 20})
+	r := rand.New(rand.NewPCG(3, 3))
+	for range 200 {
+		w.step(t, r)
+	}
+	if err := w.im.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "crashed.qcow2")
+	saveImage(t, w.file, path)
+	code, _, stderr := qemu(t, "qemu-img", "info", path)
+	if code != 1 || !strings.Contains(stderr, "Unsupported qcow2 feature(s): "+journalFeatureName) {
+		t.Errorf("qemu-img info: exit %d, %q; want a refusal by the feature's name", code, stderr)
+	}
+
+	before := loadImage(t, path)
+	ro, err := Open(keepOpen{before}, Options{ReadOnly: true, Backing: w.backing})
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, len(w.want))
+	if _, err := ro.ReadAt(got, 0); err != nil || !bytes.Equal(got, w.want) {
+		t.Errorf("a read-only open of the crashed image reads something else (%v)", err)
+	}
+	if err := ro.Close(); err != nil {
+		t.Error(err)
+	}
+	if !sameFile(t, before, w.file) {
+		t.Error("the read-only open changed the file")
+	}
+
+	w.open(t) // the crashed image is abandoned
+	w.verify(t, 0, int64(len(w.want)))
+	if err := w.im.Close(); err != nil {
+		t.Fatal(err)
+	}
+	w.judge(t, t)
+}
+
+func sameFile(t *testing.T, a, b storage.File) bool {
+	t.Helper()
+	var bytesOf [2][]byte
+	for i, f := range []storage.File{a, b} {
+		size, err := f.Size()
+		if err != nil {
+			t.Fatal(err)
+		}
+		bytesOf[i] = make([]byte, size)
+		if err := storage.ReadFull(f, bytesOf[i], 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return bytes.Equal(bytesOf[0], bytesOf[1])
+}
+
+// TestJournalWraps runs many commits through the smallest ring, so that it wraps and checkpoints all the time.
+func TestJournalWraps(t *testing.T) {
+	w := journalWorld(t, modelConfig{create: CreateOptions{Size: 2 << 20, ClusterSize: 512}})
+	d := w.im.discipline.(*journal)
+	d.ext.PreferredSize = minJournalBlocks * 512
+	r := rand.New(rand.NewPCG(4, 4))
+	wraps := uint64(0)
+	for range 600 {
+		w.step(t, r)
+		if r.IntN(3) == 0 {
+			if err := w.im.Flush(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if d.live {
+			wraps = max(wraps, d.head/d.ext.ringBlocks())
+		}
+		if w.im.discipline != discipline(d) { // the step closed and reopened the image
+			d = w.im.discipline.(*journal)
+			d.ext.PreferredSize = minJournalBlocks * 512
+		}
+	}
+	if wraps == 0 {
+		t.Error("the ring never wrapped")
+	}
+	w.verify(t, 0, int64(len(w.want)))
+	if err := w.im.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	w.open(t) // a crash
+	w.verify(t, 0, int64(len(w.want)))
+	if err := w.im.Close(); err != nil {
+		t.Fatal(err)
+	}
+	w.judge(t, t)
+}
+
+// TestJournalCost: an allocating write and a flush are one barrier, copied-up data owes one more.
+func TestJournalCost(t *testing.T) {
+	im, f := costImage(t, CreateOptions{Size: 1 << 30}, Options{Discipline: Journal})
+	r := rand.New(rand.NewPCG(1, 1))
+	writeFlush(t, im, r, 200, 1)
+	f.reset()
+	const n = 1000
+	writeFlush(t, im, r, n, 1)
+	syncs := float64(f.syncs.Load()) / n
+	t.Logf("journal: an allocating write and a flush: %.4f syncs, %.3f writes, %d bytes", syncs, float64(f.writes.Load())/n, f.bytes.Load()/n)
+	if syncs > 1.05 {
+		t.Errorf("%.4f syncs an allocating write and flush, want 1", syncs)
+	}
+}

@@ -1,0 +1,279 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+
+	"github.com/platter-disk/platter/block"
+	"github.com/platter-disk/platter/format/qcow2"
+	"github.com/platter-disk/platter/format/raw"
+	"github.com/platter-disk/platter/image/gate"
+	"github.com/platter-disk/platter/storage"
+)
+
+// MaxDepth is the largest number of layers in a chain.
+const MaxDepth = 1024
+
+// ErrCycle is wrapped by the error of opening a chain in which a file occurs twice.
+var ErrCycle = errors.New("the file is part of the chain already")
+
+// chain opens the layers of one image.
+type chain struct {
+	ctx    context.Context
+	o      Options
+	seen   []identity
+	layers []Layer
+}
+
+// identity tells files apart that have several names.
+type identity struct {
+	name string
+	info fs.FileInfo // nil unless it is a local file
+}
+
+func (id identity) same(other identity) bool {
+	if id.info != nil && other.info != nil {
+		return os.SameFile(id.info, other.info)
+	}
+	return id.name == other.name
+}
+
+// opened is one layer with everything below it.
+type opened struct {
+	dev       block.Device
+	file      storage.File
+	probedRaw bool
+}
+
+// openLocation opens the file at l, unless the chain has it already. The files of a chain are distinct: one
+// that is its own backing file has no contents, and one that is two layers is written under a reader.
+func (c *chain) openLocation(l *location, readOnly, share, direct bool) (storage.File, error) {
+	if err := c.ctx.Err(); err != nil {
+		return nil, err
+	}
+	id := identity{name: l.String()}
+	if l.local() {
+		if info, err := os.Stat(l.path); err == nil {
+			id.info = info
+		}
+	}
+	// Before opening: its locks would conflict with those that the chain holds, and say so in other words.
+	for _, other := range c.seen {
+		if id.same(other) {
+			return nil, fmt.Errorf("'%s': %w", printable(l.String()), ErrCycle)
+		}
+	}
+	c.seen = append(c.seen, id)
+	if !l.local() {
+		return dialNBD(l.uri, readOnly)
+	}
+	f, err := storage.Open(l.path, storage.OpenOptions{
+		ReadOnly: readOnly, Share: share, NoLock: l.noLock, Direct: direct || l.direct || c.o.Direct,
+	})
+	if err != nil {
+		return nil, fileError("open", l.path, err)
+	}
+	return f, nil
+}
+
+// open opens a layer and what is below it. parent is the node that refers to it, nil at the top.
+func (c *chain) open(n *node, parent *node) (*opened, error) {
+	if len(c.layers) == MaxDepth {
+		return nil, fmt.Errorf("'%s': the chain has more than %d layers", printable(n.at.String()), MaxDepth)
+	}
+	if parent != nil {
+		n.readOnly, n.share = true, n.share || parent.share
+	} else {
+		n.readOnly, n.share = n.readOnly || c.o.ReadOnly, n.share || c.o.Share
+	}
+	if n.share && !n.readOnly {
+		return nil, errors.New("force-share=on can only be used with read-only images")
+	}
+	c.layers = append(c.layers, Layer{Name: n.at.String(), ReadOnly: n.readOnly})
+	layer := len(c.layers) - 1
+
+	f, err := c.openLocation(n.at, n.readOnly, n.share, n.direct)
+	if err != nil {
+		return nil, err
+	}
+	if layer == 0 && c.o.Wrap != nil {
+		f = c.o.Wrap(f)
+	}
+	result, err := c.openFormat(n, f, layer)
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return result, nil
+}
+
+// openFormat opens the device in f; on error f stays the caller's.
+func (c *chain) openFormat(n *node, f storage.File, layer int) (*opened, error) {
+	probed := n.format == ""
+	if probed {
+		format, err := Probe(f)
+		if err != nil {
+			return nil, err
+		}
+		n.format = format
+	}
+	size, err := f.Size()
+	if err != nil {
+		return nil, err
+	}
+	result := &opened{file: f}
+	if n.format == formatRaw {
+		result.probedRaw = probed
+		result.dev, err = c.openRaw(n, f, layer, probed)
+	} else {
+		result.dev, err = c.openQcow2(n, f, layer)
+	}
+	if err != nil {
+		return nil, err
+	}
+	l := &c.layers[layer]
+	l.Format, l.Size, l.FileSize = n.format, result.dev.Size(), size
+	if n.shown != "" {
+		l.Format = n.shown
+	}
+	return result, nil
+}
+
+func (c *chain) discard(n *node) bool {
+	if n.discard != nil {
+		return *n.discard
+	}
+	return c.o.Discard
+}
+
+func (c *chain) openRaw(n *node, f storage.File, layer int, probed bool) (block.Device, error) {
+	switch {
+	case n.backing != nil:
+		return nil, qemuError("Block format 'raw' does not support the option 'backing'")
+	case n.dataFile != nil || layer == 0 && c.o.DataFile != "":
+		return nil, qemuError("Block format 'raw' does not support the option 'data-file'")
+	}
+	return raw.Open(f, raw.Options{
+		ReadOnly: n.readOnly, Discard: c.discard(n), Writethrough: c.o.Writethrough || n.writethrough,
+		ProbedGuard: probed && !n.readOnly, Offset: n.offset, Size: n.size,
+	})
+}
+
+func (c *chain) openQcow2(n *node, f storage.File, layer int) (dev block.Device, err error) {
+	h, err := qcow2.ReadHeader(f)
+	if err != nil {
+		return nil, err
+	}
+	o := qcow2.Options{
+		ReadOnly: n.readOnly, Discard: c.discard(n), Writethrough: c.o.Writethrough || n.writethrough,
+		Discipline: c.o.Discipline, L2CacheSize: c.o.L2CacheSize, RefcountCacheSize: c.o.RefcountCacheSize,
+	}
+	if n.discipline != "" {
+		o.Discipline = n.discipline
+	}
+	if n.l2Cache != 0 {
+		o.L2CacheSize = n.l2Cache
+	}
+	if n.refcountCache != 0 {
+		o.RefcountCacheSize = n.refcountCache
+	}
+	defer func() {
+		if err == nil {
+			return
+		}
+		if o.DataFile != nil {
+			o.DataFile.Close()
+		}
+		if o.Backing != nil {
+			o.Backing.Close()
+		}
+	}()
+	if o.DataFile, err = c.openDataFile(n, h, layer); err != nil {
+		return nil, err
+	}
+	c.layers[layer].BackingFile, c.layers[layer].BackingFormat = h.BackingFile, h.BackingFormat
+	o.NoBacking = n.noBacking || layer == 0 && c.o.NoBacking
+	if !o.NoBacking {
+		if o.Backing, err = c.openBacking(n, h, layer); err != nil {
+			return nil, err
+		}
+	}
+	return qcow2.Open(f, o)
+}
+
+// openBacking opens the layer below: what the name says, else what the image says; nil for none.
+func (c *chain) openBacking(n *node, h *qcow2.Header, layer int) (block.Device, error) {
+	below := n.backing
+	switch {
+	case below == nil && h.BackingFile == "":
+		return nil, nil
+	case below == nil:
+		var err error
+		if below, err = c.resolveBacking(n, h, layer); err != nil {
+			return nil, qemuError("Could not open backing file of '%s': %w", printable(n.at.String()), err)
+		}
+	default:
+		c.layers[layer].FullBacking = below.at.String()
+	}
+	result, err := c.open(below, n)
+	if err != nil {
+		return nil, qemuError("Could not open backing file of '%s': %w", printable(n.at.String()), err)
+	}
+	return result.dev, nil
+}
+
+// resolveBacking passes the reference that an image holds through the gate.
+func (c *chain) resolveBacking(n *node, h *qcow2.Header, layer int) (*node, error) {
+	below, ref, err := parseReference(gate.Backing, n.at, h.BackingFile)
+	if err != nil {
+		return nil, err
+	}
+	c.layers[layer].FullBacking = ref.Name
+	if err := c.o.Gate.Allow(ref); err != nil {
+		return nil, err
+	}
+	if below.format == "" && h.BackingFormat != "" {
+		if err := checkFormat(h.BackingFormat); err != nil {
+			return nil, err
+		}
+		below.format = h.BackingFormat
+	}
+	return below, nil
+}
+
+// openDataFile opens the external data file: what the caller says, else what the image says; nil for none.
+func (c *chain) openDataFile(n *node, h *qcow2.Header, layer int) (f storage.File, err error) {
+	at := n.dataFile
+	if at == nil && layer == 0 && c.o.DataFile != "" {
+		if at, err = parseLocation(c.o.DataFile); err != nil {
+			return nil, err
+		}
+	}
+	if at == nil && h.HasDataFile() {
+		if h.DataFile == "" {
+			return nil, errors.New("'data-file' is required for this image")
+		}
+		found, ref, err := parseReference(gate.DataFile, n.at, h.DataFile)
+		if err == nil {
+			err = c.o.Gate.Allow(ref)
+		}
+		if err != nil {
+			return nil, err
+		}
+		at = found.at
+	}
+	if at == nil {
+		return nil, nil
+	}
+	if f, err = c.openLocation(at, n.readOnly, n.share, n.direct); err != nil {
+		return nil, err
+	}
+	if layer == 0 && c.o.Wrap != nil {
+		f = c.o.Wrap(f)
+	}
+	c.layers[layer].DataFile = at.String()
+	return f, nil
+}

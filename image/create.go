@@ -1,0 +1,190 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+
+	"github.com/platter-disk/platter/format/qcow2"
+	"github.com/platter-disk/platter/format/raw"
+	"github.com/platter-disk/platter/image/gate"
+	"github.com/platter-disk/platter/storage"
+)
+
+// CreateOptions are the options of a new image. The embedded ones that are not Size or Preallocation are of
+// qcow2 only; BackingSize and DataFile are filled in by Create.
+type CreateOptions struct {
+	// Size is in bytes. Negative, or 0 with a backing file, means that none was given: it is the size of the
+	// backing file then, and without one an error.
+	qcow2.CreateOptions
+
+	NoCoW         bool // ask a copy-on-write file system to write the file in place
+	BackingUnseen bool // do not open the backing file: it need not exist, and Size must be given
+
+	// Gate decides about the references that the backing file holds, not about the backing file itself. Nil is
+	// gate.SameDirectory.
+	Gate gate.Gate
+}
+
+// Create makes a new image called name, a local file or block device; an existing file is overwritten, unless
+// somebody has it open. After an error no file is left that was not there before. Errors about the file are of
+// type *NameError.
+func Create(ctx context.Context, format, name string, o CreateOptions) error {
+	o, err := ResolveCreate(ctx, format, name, o)
+	if err != nil {
+		return err
+	}
+	at, err := createLocation(name)
+	if err != nil {
+		return err
+	}
+	created := newFiles{}
+	defer created.removeUnlessKept()
+	f, err := created.create(at, o.NoCoW)
+	if err != nil {
+		return err
+	}
+	if format == formatRaw {
+		err = raw.Create(f, o.Size, o.Preallocation)
+	} else {
+		err = createQcow2(f, o, &created)
+	}
+	if err = errors.Join(err, f.Close()); err == nil {
+		created.keep()
+	}
+	return err
+}
+
+func createQcow2(f storage.File, o CreateOptions, created *newFiles) error {
+	if o.DataFileName == "" {
+		return qcow2.Create(f, o.CreateOptions)
+	}
+	at, err := createLocation(o.DataFileName)
+	if err != nil {
+		return fmt.Errorf("data file: %w", err)
+	}
+	if o.DataFile, err = created.create(at, o.NoCoW); err != nil {
+		return fmt.Errorf("data file: %w", err)
+	}
+	return errors.Join(qcow2.Create(f, o.CreateOptions), o.DataFile.Close())
+}
+
+// ResolveCreate checks the options of Create against the world and returns them with everything filled in that
+// depends on it: Size, BackingSize. Create calls it; a program that wants to show what it is about to create
+// calls it first. The words of its errors are those of qemu-img.
+func ResolveCreate(ctx context.Context, format, name string, o CreateOptions) (CreateOptions, error) {
+	switch format {
+	case formatQcow2:
+	case formatRaw:
+		if o.BackingFile != "" {
+			return o, qemuError("Backing file not supported for file format 'raw'")
+		}
+	default:
+		return o, qemuError("Unknown file format '%s': %w", printable(format), ErrUnsupportedFormat)
+	}
+	if o.BackingFile != "" {
+		if err := resolveCreateBacking(ctx, name, &o); err != nil {
+			return o, err
+		}
+	}
+	if o.Size < 0 {
+		return o, qemuError("Image creation needs a size parameter")
+	}
+	return o, nil
+}
+
+// resolveCreateBacking learns the size of the backing file, and sees to it that it can be opened.
+func resolveCreateBacking(ctx context.Context, name string, o *CreateOptions) error {
+	at, err := createLocation(name)
+	if err != nil {
+		return err
+	}
+	if o.BackingFormat != "" {
+		if err := checkFormat(o.BackingFormat); err != nil {
+			return err
+		}
+	}
+	below, ref, refErr := parseReference(gate.Backing, at, o.BackingFile)
+	if refErr == nil && sameFile(at.path, ref.Name) {
+		return qemuError("Error: Trying to create an image with the same filename as the backing file")
+	}
+	noSize := o.Size <= 0
+	switch {
+	case o.BackingUnseen && noSize:
+		o.Size = -1
+		return nil
+	case o.BackingUnseen && o.BackingFormat == "":
+		return qemuError("Backing file specified without backing format")
+	case o.BackingUnseen:
+		return nil // even a name that means nothing here may mean something where the image is used
+	case refErr != nil:
+		return refErr
+	}
+	if o.Gate == nil {
+		o.Gate = gate.SameDirectory{}
+	}
+	if below.format == "" {
+		below.format = o.BackingFormat
+	}
+	c := &chain{ctx: ctx, o: Options{ReadOnly: true, Share: true, Gate: o.Gate}}
+	backing, err := c.open(below, nil)
+	if err != nil {
+		return qemuError("%w\nCould not open backing image.", err)
+	}
+	o.BackingSize = backing.dev.Size()
+	if err := backing.dev.Close(); err != nil {
+		return err
+	}
+	if o.BackingFormat == "" {
+		return qemuError("Backing file specified without backing format\nDetected format of %s.", c.layers[0].Format)
+	}
+	if noSize {
+		o.Size = o.BackingSize
+	}
+	return nil
+}
+
+func sameFile(a, b string) bool {
+	if a == b {
+		return true
+	}
+	infoA, errA := os.Stat(a)
+	infoB, errB := os.Stat(b)
+	return errA == nil && errB == nil && os.SameFile(infoA, infoB)
+}
+
+// createLocation parses the name of a file to be created.
+func createLocation(name string) (*location, error) {
+	at, err := parseLocation(name)
+	if err == nil && !at.local() {
+		err = qemuError("Protocol driver '%s' does not support image creation, and opening the image failed: %w", at.protocol(), errors.ErrUnsupported)
+	}
+	return at, err
+}
+
+// newFiles are the files that a Create has made so far.
+type newFiles struct{ paths []string }
+
+// create opens the file at l emptied, and remembers it if it was not there.
+func (n *newFiles) create(l *location, noCoW bool) (storage.File, error) {
+	_, err := os.Lstat(l.path)
+	absent := errors.Is(err, fs.ErrNotExist)
+	f, err := storage.Open(l.path, storage.OpenOptions{Create: true, Truncate: true, NoCoW: noCoW})
+	if err != nil {
+		return nil, fileError("create", l.path, err)
+	}
+	if absent {
+		n.paths = append(n.paths, l.path)
+	}
+	return f, nil
+}
+
+func (n *newFiles) keep() { n.paths = nil }
+
+func (n *newFiles) removeUnlessKept() {
+	for _, path := range n.paths {
+		os.Remove(path)
+	}
+}

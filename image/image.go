@@ -1,0 +1,146 @@
+// Package image opens and creates virtual disks by name: it finds out what a name means, what format the file
+// has and which files belong to it, and puts the layers together.
+//
+//	name                                          what it becomes
+//	----                                          ---------------
+//	disk.qcow2                                    a file, its format found out by looking
+//	nbd://host/export, nbd+unix:///?socket=path   an NBD export
+//	json:{"driver":"qcow2","file":{…}}            QEMU's description in JSON
+//	driver=qcow2,file.filename=disk.qcow2         the same as options
+//	              |
+//	              v
+//	   +--------------------+   refers to    +--------------------+   refers to    +-----------+
+//	   | qcow2 top.qcow2    | -------------> | qcow2 mid.qcow2    | -------------> | raw base  |
+//	   | writable, locked   |  through the   | read-only, shared  |  through the   |           |
+//	   +--------------------+     gate       +--------------------+     gate       +-----------+
+//
+// An image is untrusted: the files it names are opened only through the gate that the caller supplies
+// (package gate), chains end (1024 layers) and never form a cycle, and a disk whose format was only guessed to
+// be raw cannot be turned into another format by what is written to it (package raw).
+//
+// Only the top layer is opened for writing. It holds the locks of a writer and the layers below those of
+// readers, so that several overlays share a backing file and nobody writes it meanwhile (package storage).
+package image
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/platter-disk/platter/block"
+	"github.com/platter-disk/platter/format/qcow2"
+	"github.com/platter-disk/platter/image/gate"
+	"github.com/platter-disk/platter/storage"
+)
+
+// Options says how Open opens an image. Where a name that consists of options (json:, driver=) says otherwise,
+// the name wins, except that nothing in it makes an image writable that is to be ReadOnly.
+type Options struct {
+	// Format of the top layer: one of Formats, or "" to find out by looking. With a name that states a driver
+	// it must be the same.
+	Format string
+
+	// NameIsOptions: name consists of options even if it does not start with "driver=" (--image-opts).
+	NameIsOptions bool
+
+	ReadOnly bool
+	Share    bool // with ReadOnly: tolerate that another process is writing the image
+
+	// Gate decides which files the image may refer to. Nil is gate.SameDirectory: a set of files in one
+	// directory works, and an image from elsewhere reaches nothing.
+	Gate gate.Gate
+
+	NoBacking bool   // read the top layer alone; what it holds no data for reads as zeros
+	DataFile  string // path or NBD URI of the external data file, instead of the one that the image names
+
+	Discipline        string // how qcow2 metadata becomes durable; "" for the default of package qcow2
+	L2CacheSize       int64  // bytes, each qcow2 layer; 0 for its default
+	RefcountCacheSize int64  // bytes; 0 for the default
+
+	Direct       bool // bypass the page cache of local files
+	Writethrough bool // every change is durable when it is reported done
+	Discard      bool // give space that a guest discards back to the file system
+
+	// Wrap, unless nil, is put around the file and the external data file of the top layer before the format
+	// sees them: to count, record or fail what the format does.
+	Wrap func(storage.File) storage.File
+}
+
+// Image is an open virtual disk.
+type Image struct {
+	block.Device
+	name   string
+	file   storage.File
+	layers []Layer
+	probed bool
+	qcow2  *qcow2.Image
+}
+
+// Layer describes one image of a chain.
+type Layer struct {
+	Name          string // path or URI of its file
+	Format        string // "qcow2", "raw"; where the name asked for a protocol driver, that driver: "file", "nbd"
+	Size          int64  // bytes of the virtual disk
+	FileSize      int64  // bytes of the file
+	ReadOnly      bool
+	BackingFile   string // reference to the layer below as the image stores it; "" for none
+	BackingFormat string // as the image stores it; "" for none
+	FullBacking   string // what BackingFile stands for: path, URI or JSON; "" for none
+	DataFile      string // path or URI of the external data file in use; "" for none
+}
+
+// Open opens the image called name, and everything below it. Errors are of type *NameError.
+func Open(ctx context.Context, name string, o Options) (*Image, error) {
+	im, err := open(ctx, name, o)
+	if err != nil {
+		return nil, &NameError{Verb: "open", Name: name, Err: err}
+	}
+	return im, nil
+}
+
+func open(ctx context.Context, name string, o Options) (*Image, error) {
+	if o.Format != "" {
+		if err := checkFormat(o.Format); err != nil {
+			return nil, err
+		}
+	}
+	n, err := parseName(name, o.NameIsOptions)
+	if err != nil {
+		return nil, err
+	}
+	switch {
+	case n.format == "":
+		n.format = o.Format
+	case o.Format != "" && o.Format != n.format:
+		return nil, fmt.Errorf("the name says that the format is %s, the options say %s", n.format, o.Format)
+	}
+	if o.Gate == nil {
+		o.Gate = gate.SameDirectory{}
+	}
+	c := &chain{ctx: ctx, o: o}
+	top, err := c.open(n, nil)
+	if err != nil {
+		return nil, err
+	}
+	im := &Image{Device: top.dev, name: name, file: top.file, probed: top.probedRaw, layers: c.layers}
+	im.qcow2, _ = top.dev.(*qcow2.Image)
+	return im, nil
+}
+
+// Name is the name that Open was given.
+func (im *Image) Name() string { return im.name }
+
+// Format is the format of the top layer.
+func (im *Image) Format() string { return im.layers[0].Format }
+
+// ProbedRaw tells that nobody said the image is raw: it was recognised as nothing else. If it is writable,
+// writes that would make it look like another format are refused.
+func (im *Image) ProbedRaw() bool { return im.probed }
+
+// Chain describes the layers as they were opened, from the top down.
+func (im *Image) Chain() []Layer { return append([]Layer(nil), im.layers...) }
+
+// File is the file of the top layer. It belongs to the image.
+func (im *Image) File() storage.File { return im.file }
+
+// Qcow2 is the top layer if it is a qcow2 image, else nil.
+func (im *Image) Qcow2() *qcow2.Image { return im.qcow2 }
