@@ -1,0 +1,128 @@
+package server
+
+import (
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/platter-disk/platter/internal/bufpool"
+	"github.com/platter-disk/platter/nbd"
+	"github.com/platter-disk/platter/nbd/internal/outbox"
+)
+
+// lingerTime is how long a connection that the server ends waits for the client to read its last replies
+// and hang up. Closing with unread input would make the kernel throw those replies away.
+const lingerTime = time.Second
+
+// conn is a connection. Everything without a comment belongs to its reader goroutine.
+type conn struct {
+	srv *Server
+	log *slog.Logger
+	nc  net.Conn // over TLS after STARTTLS
+	raw net.Conn // the socket; drain and kill use it from other goroutines
+
+	terms  // settled by the handshake
+	export *export
+	fixed  bool // the client speaks fixed newstyle
+	zeroes bool // the client wants padding after EXPORT_NAME
+	secure bool // TLS is on
+	option []byte
+
+	out   *outbox.Queue
+	batch *bufpool.Buffer // replies that were not handed to out yet
+
+	budget  *budget
+	killed  atomic.Bool
+	work    chan *request // closed when the reader ends
+	idle    atomic.Int32  // workers that wait for work, less what was queued for them
+	started int           // workers
+	workers sync.WaitGroup
+
+	slowWrites int // writes still to be handed off because one in line was slow
+	slowRun    int // how many the next slow one hands off
+
+	counters counters // atomics
+}
+
+func newConn(s *Server, nc net.Conn) *conn {
+	log := s.cfg.Logger
+	if a := nc.RemoteAddr(); a != nil && a.String() != "" {
+		log = log.With("client", a.String())
+	}
+	return &conn{srv: s, log: log, nc: nc, raw: nc}
+}
+
+// run is the whole life of a connection.
+func (c *conn) run() {
+	defer c.raw.Close()
+	c.raw.SetDeadline(time.Now().Add(c.srv.cfg.HandshakeTimeout))
+	ok, err := c.negotiate()
+	if err != nil {
+		c.log.Info("nbd: handshake failed", "error", err)
+	}
+	if err != nil || !ok {
+		return
+	}
+	c.raw.SetDeadline(time.Time{})
+	if c.srv.draining.Load() { // Shutdown's interruption may have come just before the line above
+		c.drain()
+	}
+	c.log = c.log.With("export", c.export.Name)
+	c.log.Debug("nbd: client connected", "replies", modeNames[c.mode], "tls", c.secure, "contexts", len(c.contexts))
+
+	c.out = outbox.New(c.nc)
+	c.budget = newBudget(int64(c.srv.cfg.MaxRequestsPerClient), c.srv.cfg.MaxBytesPerClient)
+	c.work = make(chan *request, c.srv.cfg.MaxRequestsPerClient)
+	err = c.transmit()
+	close(c.work)
+	c.workers.Wait()
+	if c.batch != nil {
+		c.batch.Put()
+	}
+	sent := c.out.Flush()
+	switch {
+	case err == nil:
+		c.log.Debug("nbd: client disconnected")
+	case c.srv.draining.Load():
+		c.log.Debug("nbd: connection shut down")
+	case sent != nil:
+		c.log.Info("nbd: client took no more replies", "error", sent)
+	case errors.Is(err, io.EOF):
+		c.log.Debug("nbd: client hung up")
+	default:
+		c.log.Warn("nbd: connection ended", "error", err)
+	}
+	c.hangUp(err != nil && sent == nil)
+}
+
+// hangUp says goodbye. A client that does not expect it is given time to read what was sent.
+func (c *conn) hangUp(linger bool) {
+	c.raw.SetDeadline(time.Now().Add(lingerTime))
+	half, ok := c.nc.(interface{ CloseWrite() error }) // over TLS it sends close_notify
+	if !ok || half.CloseWrite() != nil || !linger {
+		return
+	}
+	buf := bufpool.Get(32 << 10)
+	defer buf.Put()
+	for {
+		if _, err := c.raw.Read(buf.B); err != nil {
+			return
+		}
+	}
+}
+
+// drain makes the reader stop waiting for requests. Server.draining tells it why.
+func (c *conn) drain() { c.raw.SetReadDeadline(time.Unix(1, 0)) }
+
+// kill cuts the connection.
+func (c *conn) kill() {
+	c.killed.Store(true)
+	c.raw.Close()
+}
+
+// modeNames are for the log.
+var modeNames = [...]string{nbd.SimpleReplies: "simple", nbd.StructuredReplies: "structured", nbd.ExtendedReplies: "extended"}
