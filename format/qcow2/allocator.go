@@ -29,11 +29,11 @@ func (r hostRun) contains(c hostCluster) bool { return c >= r.start && c < r.sta
 
 // freeRun is a run of clusters that is nobody's: of the reserve, or taken from it and not linked yet.
 type freeRun struct {
-	start   hostCluster
-	n       int64
-	raised  bool       // their counts are 1 already
-	counted generation // when they were raised
-	zeroed  generation // when the clusters began to read as zeros; never: they hold old bytes
+	start  hostCluster
+	n      int64
+	raised bool       // their counts are 1 already
+	ready  generation // when that was, and when the file came to reach over them
+	zeroed generation // when the clusters began to read as zeros; never: they hold old bytes
 }
 
 // allocator hands out host clusters from a reserve whose counts were raised ahead of use. A whole batch of
@@ -78,16 +78,21 @@ const (
 const (
 	firstBatch    = 16       // clusters
 	maxBatchBytes = 64 << 20 // of a batch, once the image has shown that it grows
+	maxBatch      = 1024     // clusters
 )
 
 func newAllocator(im *Image, refs *refcounts, fileSize int64) *allocator {
 	a := &allocator{
 		file: im.file, geo: &im.geo, refs: refs, im: im,
 		atEnd: fileSize,
-		batch: firstBatch, maxBatch: min(max(int64(maxBatchBytes)>>im.geo.clusterBits, firstBatch), 1024),
-		busy: map[hostCluster]struct{}{}, packer: packer{streams: map[hostCluster]int{}},
+		busy:  map[hostCluster]struct{}{}, packer: packer{streams: map[hostCluster]int{}},
 	}
 	a.end.Store(fileSize)
+	a.maxBatch = min(max(int64(maxBatchBytes)>>im.geo.clusterBits, firstBatch), maxBatch)
+	if im.opts.Reserve > 0 {
+		a.maxBatch = im.opts.Reserve
+	}
+	a.batch = min(firstBatch, a.maxBatch)
 	return a
 }
 
@@ -145,7 +150,7 @@ func (a *allocator) put(r freeRun) {
 	a.reserved += r.n
 	if k := len(a.reserve); k > 0 {
 		last := &a.reserve[k-1]
-		if next := last.start + hostCluster(last.n); next == r.start && last.raised == r.raised && last.counted == r.counted && last.zeroed == r.zeroed {
+		if next := last.start + hostCluster(last.n); next == r.start && last.raised == r.raised && last.ready == r.ready && last.zeroed == r.zeroed {
 			last.n += r.n
 			return
 		}
@@ -188,7 +193,7 @@ func (a *allocator) refill(n int64) error {
 		}
 	}
 	r.raised = a.policy != countAtLink
-	r.counted = a.im.gen
+	r.ready = a.im.gen
 	a.hint = start + hostCluster(got)
 	a.put(r)
 	return nil
@@ -221,10 +226,11 @@ func (a *allocator) freeRegion(before hostCluster, n int64) (hostCluster, error)
 	return c, nil
 }
 
-// link counts clusters as used by an update that is being accepted, and tells when that was.
+// link counts clusters as used by an update that is being accepted, and tells what the update has to wait for:
+// the counts, unless they reach the disk together with it, and the growth of the file.
 func (a *allocator) link(r freeRun) (generation, error) {
 	if r.raised {
-		return r.counted, nil
+		return r.ready, nil
 	}
 	for c := r.start; c < r.start+hostCluster(r.n); c++ {
 		v, err := a.refs.get(c)
@@ -235,6 +241,9 @@ func (a *allocator) link(r freeRun) (generation, error) {
 			return 0, err
 		}
 		delete(a.busy, c)
+	}
+	if a.policy == countAtLink {
+		return r.ready, nil
 	}
 	return a.im.gen, nil
 }

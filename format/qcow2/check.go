@@ -145,9 +145,10 @@ type checker struct {
 	dangling    int64  // references past the end of the file
 	danglingEnd uint64 // the highest byte one of them reaches
 
-	repair      Repair // what is being repaired in this pass
-	newTable    bool   // the snapshot table has to be written anew
-	withoutRefs bool   // leave the refcount table and its blocks out: they are about to be replaced
+	zeroTables  []hostOff // L2 tables with entries that unalignedZero is true of
+	repair      Repair    // what is being repaired in this pass
+	newTable    bool      // the snapshot table has to be written anew
+	withoutRefs bool      // leave the refcount table and its blocks out: they are about to be replaced
 
 	next hostOff // where the next cluster of the L2 table continues the one before; 0 at its start
 	res  *CheckResult

@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -218,7 +219,7 @@ func TestCheckDamage(t *testing.T) {
 				t.Errorf("exit code %d, want %d: %+v", got, d.exit, ours)
 			}
 			theirs := qemuVerdict(t, f)
-			if diff := diffVerdicts(ours, theirs); diff != "" && !readsGarbage(theirs) {
+			if diff := diffVerdicts(ours, theirs); diff != "" && !readsGarbage(theirs, collisions) {
 				t.Error(diff)
 			}
 			for mode, want := range map[Repair]int{RepairLeaks: d.leaks, RepairAll: d.all} {
@@ -236,7 +237,7 @@ func compareRepairs(t *testing.T, damaged *storage.Memory, mode Repair, exit int
 	if got := ours.exitCode(); got != exit {
 		t.Errorf("exit code %d, want %d: %+v", got, exit, ours)
 	}
-	if exit == 0 || exit == 3 {
+	if snapshots := headerWord32(t, f, 60); (exit == 0 || exit == 3) && snapshots < 1000 { // QEMU is slow with more
 		path := filepath.Join(t.TempDir(), "repaired.qcow2")
 		saveImage(t, f, path)
 		if code, _, errs := qemu(t, "qemu-img", "check", "-f", "qcow2", path); code != exit {
@@ -248,13 +249,22 @@ func compareRepairs(t *testing.T, damaged *storage.Memory, mode Repair, exit int
 			t.Errorf("header after the repair: %+v, %v", h, err)
 		}
 	}
-	theirs := qemuVerdict(t, damaged, "-r", mode.String())
 	if differs {
 		return
 	}
+	theirs := qemuVerdict(t, damaged, "-r", mode.String())
 	if ours.failed != theirs.failed || ours.result != theirs.result {
 		t.Errorf("ours   %s\ntheirs %s", mustJSON(ours.result), mustJSON(theirs.result))
 	}
+}
+
+func headerWord32(t *testing.T, f storage.File, off int64) uint32 {
+	t.Helper()
+	var b [4]byte
+	if err := storage.ReadFull(f, b[:], off); err != nil {
+		t.Fatal(err)
+	}
+	return binary.BigEndian.Uint32(b[:])
 }
 
 func TestCheckDataFile(t *testing.T) {
@@ -451,10 +461,13 @@ func TestCheckReadErrors(t *testing.T) {
 	f, _ := snapshotImage(t)
 	for n := 0; ; n++ {
 		r := &failingReads{Memory: f, left: n}
-		_, err := Check(r, CheckOptions{})
+		res, err := Check(r, CheckOptions{})
+		if err == nil && res.CheckErrors > 0 {
+			continue // counts that could not be read
+		}
 		if err == nil {
-			if n < 10 {
-				t.Errorf("only %d reads", n)
+			if n < 10 || !res.Clean() {
+				t.Errorf("%d reads, then %+v", n, res)
 			}
 			return
 		}
@@ -524,4 +537,74 @@ func FuzzCheck(f *testing.F) {
 			t.Fatalf("the second repair is not idempotent (%d writes): %+v after %+v", again.n, second, res)
 		}
 	})
+}
+
+// The header of an encrypted image is counted like any other table, and no key is needed for that.
+func TestCheckEncrypted(t *testing.T) {
+	testenv.Need(t, "qemu-img")
+	path := filepath.Join(t.TempDir(), "disk.qcow2")
+	secret := "secret,id=key,data=secret"
+	testenv.Run(t, "qemu-img", "create", "-q", "-f", "qcow2", "--object", secret,
+		"-o", "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10", path, "1M")
+	f := loadImage(t, path)
+	ours, collisions := ourVerdict(t, f, RepairNone)
+	theirs := qemuVerdictOf(t, "driver=qcow2,file.filename="+path+",encrypt.key-secret=key", "--image-opts", "--object", secret)
+	if diff := diffVerdicts(ours, theirs); diff != "" || ours.exitCode() != 0 || len(collisions) > 0 {
+		t.Errorf("%+v %q\n%s", ours, collisions, diff)
+	}
+	h, err := readHeader(f, forInfo)
+	if err != nil || h.Crypto == nil || h.Crypto.Offset == 0 {
+		t.Fatalf("%+v, %v", h, err)
+	}
+	out, err := h.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, err := decodeHeader("again", out, forInfo)
+	if err != nil || *again.Crypto != *h.Crypto {
+		t.Errorf("after a rewrite: %+v, %v", again, err)
+	}
+	ext := int64(headerLengthOut) // the encryption extension comes first, here
+	for name, e := range map[string]edit{
+		"Missing CRYPTO header for crypt method 2":    at32(ext, 0x12345678),
+		"Invalid CRYPTO header extension length":      at32(ext+4, 8),
+		"Encryption header offset invalid":            at64(ext+8, 513),
+		"Encryption header too large":                 at64(ext+16, 1<<50),
+		"Encrypted images are not supported":          at32(ext+400, 0), // nothing is wrong, but for use
+		"Duplicate header extension 0x0537be77":       at32(ext+24, extCrypto),
+		"CRYPTO header extension only expected":       at32(32, 3),
+		"Image does not contain a reference count ta": at32(56, 0),
+	} {
+		f := loadImage(t, path)
+		apply(t, f, e)
+		why := forInfo
+		if strings.HasPrefix(name, "Encrypted") {
+			why = forUse
+		}
+		if strings.HasPrefix(name, "Duplicate") {
+			apply(t, f, at32(ext+28, 16))
+		}
+		if _, err := readHeader(f, why); err == nil || !strings.Contains(err.Error(), name) {
+			t.Errorf("got %v, want %s", err, name)
+		}
+	}
+}
+
+// A repair clears autoclear bits that nobody here maintains; an examination leaves them alone.
+func TestRepairAutoclear(t *testing.T) {
+	f := plainDamage(at64(88, 1<<40))(t)
+	for mode, want := range map[Repair]uint64{RepairNone: 1 << 40, RepairLeaks: 0} {
+		g := copyImage(t, f)
+		mustCheck(t, g, mode)
+		if h, err := ReadHeader(g); err != nil || h.Autoclear != want {
+			t.Errorf("%v: %+v, %v", mode, h, err)
+		}
+	}
+}
+
+func TestCheckFailureSays(t *testing.T) {
+	err := &CheckFailure{File: "disk.qcow2", Reason: reasonTooLarge}
+	if got := err.Error(); got != "disk.qcow2: Check failed: File too large" {
+		t.Error(got)
+	}
 }

@@ -170,10 +170,13 @@ func (t *clusterCounts) clear(at hostCluster) {
 	}
 }
 
+// keys returns the keys of the pages in ascending order.
+func (t *clusterCounts) keys() []hostCluster { return slices.Sorted(maps.Keys(t.pages)) }
+
 // clusters returns the clusters that have a count, in ascending order.
 func (t *clusterCounts) clusters() iter.Seq[hostCluster] {
 	return func(yield func(hostCluster) bool) {
-		for _, key := range slices.Sorted(maps.Keys(t.pages)) {
+		for _, key := range t.keys() {
 			p := t.pages[key]
 			for i := range hostCluster(countPageSize) {
 				if p.count(i) != 0 && !yield(key<<countPageBits+i) {
@@ -191,6 +194,10 @@ type storedCounts struct {
 	g     *geometry
 	bytes int64 // of a cached piece of a refcount block
 	cache [16]storedPiece
+
+	last     []byte // the piece of the last access, which counts clusters from lastFrom on
+	lastFrom hostCluster
+	lastTo   hostCluster
 
 	table     []byte // a piece of the refcount table
 	tableFrom int64  // its first entry; -1 when nothing is cached
@@ -236,10 +243,13 @@ func (s *storedCounts) entry(i int64) (uint64, error) {
 }
 
 // errBadBlock says that the refcount table entry for a cluster is not the offset of a refcount block.
-var errBadBlock = errors.New("Input/output error") //nolint:staticcheck // the words QEMU prints
+var errBadBlock = errors.New("the refcount table entry is not the offset of a refcount block")
 
 // get returns the stored count of a cluster.
 func (s *storedCounts) get(c hostCluster) (uint64, error) {
+	if c >= s.lastFrom && c < s.lastTo {
+		return getRefcount(s.last, s.h.RefcountOrder, int(c-s.lastFrom)), nil
+	}
 	e, err := s.entry(int64(c) / s.g.refPerBlock)
 	if err != nil {
 		return 0, err
@@ -259,11 +269,12 @@ func (s *storedCounts) get(c hostCluster) (uint64, error) {
 		if p.data == nil {
 			p.data = make([]byte, s.bytes)
 		}
-		p.at = 0
+		p.at, s.lastTo = 0, 0
 		if err := storage.ReadFull(s.f, p.data, int64(at)); err != nil {
 			return 0, err
 		}
 		p.at = at
 	}
+	s.last, s.lastFrom, s.lastTo = p.data, c-hostCluster(i%per), c+hostCluster(per-i%per)
 	return getRefcount(p.data, s.h.RefcountOrder, int(i%per)), nil
 }

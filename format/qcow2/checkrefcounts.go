@@ -1,7 +1,9 @@
 package qcow2
 
 import (
+	"errors"
 	"fmt"
+	"slices"
 )
 
 // countRefcountBlocks validates the refcount table and counts its blocks.
@@ -40,8 +42,9 @@ func (c *checker) countRefcountBlocks() error {
 func (c *checker) compareCounts() error {
 	highest := hostCluster(0) // the header's
 	end := max(hostCluster(c.clusters), c.counts.end)
+	pages := c.counts.keys()
 	for at := hostCluster(0); at < end; {
-		skip, err := c.nothingAt(at, end)
+		skip, err := c.nothingAt(at, end, pages)
 		if err != nil {
 			return err
 		}
@@ -51,7 +54,11 @@ func (c *checker) compareCounts() error {
 		}
 		stored, err := c.stored.get(at)
 		if err != nil {
-			c.internal("Can't get refcount for cluster %d: %v", at, err)
+			reason := any(err)
+			if errors.Is(err, errBadBlock) {
+				reason = reasonIO
+			}
+			c.internal("Can't get refcount for cluster %d: %v", at, reason)
 			at++
 			continue
 		}
@@ -95,30 +102,45 @@ func (c *checker) noteMismatch(at hostCluster, stored, found uint64) error {
 }
 
 // nothingAt returns where to go on if there are neither stored nor found counts from cluster at on, else at.
-// It steps over the empty parts of a file that is sparse beyond all measure.
-func (c *checker) nothingAt(at, end hostCluster) (hostCluster, error) {
+// It steps over the empty parts of a file that is sparse beyond all measure. pages are the keys of c.counts.
+func (c *checker) nothingAt(at, end hostCluster, pages []hostCluster) (hostCluster, error) {
 	per := hostCluster(c.g.refPerBlock)
-	if at%per != 0 && at&(countPageSize-1) != 0 {
+	if at%per != 0 && at&(countPageSize-1) != 0 || c.counts.page(at) != nil {
 		return at, nil
 	}
-	if c.counts.page(at) != nil {
-		return at, nil
+	to := end
+	if i, _ := slices.BinarySearch(pages, at>>countPageBits); i < len(pages) {
+		to = min(to, pages[i]<<countPageBits)
 	}
-	e, err := c.stored.entry(int64(at / per))
-	if err != nil {
-		return at, c.readError("the refcount table", err)
+	for i := int64(at / per); hostCluster(i)*per < to; i++ {
+		if i >= c.stored.tableEntries() {
+			return to, nil
+		}
+		e, err := c.stored.entry(i)
+		if err != nil {
+			return at, c.readError("the refcount table", err)
+		}
+		if e == 0 {
+			continue
+		}
+		if start := hostCluster(i) * per; start > at {
+			return start, nil
+		}
+		return c.emptyBlock(e, at, min(to, hostCluster(i+1)*per, (at>>countPageBits+1)<<countPageBits))
 	}
-	to := min(end, (at>>countPageBits+1)<<countPageBits, (at/per+1)*per)
-	if e == 0 {
-		return to, nil
-	}
-	if int64(e)&(c.g.clusterSize-1) != 0 || int64(e) < 0 {
+	return to, nil
+}
+
+// emptyBlock returns to if the refcount block of table entry e has nothing but a hole for the clusters from at
+// to to, else at. They all belong to that block.
+func (c *checker) emptyBlock(e uint64, at, to hostCluster) (hostCluster, error) {
+	if int64(e) < 0 || c.g.inCluster(int64(e)) != 0 {
 		return at, nil
 	}
 	bits := int64(1) << c.h.RefcountOrder
-	from := int64(at%per) * bits / 8
-	size := (int64(to-at)*bits + 7) / 8
-	if hole, err := isHole(c.f, int64(e)+from, size); err != nil || !hole {
+	from := int64(at) % c.g.refPerBlock * bits / 8
+	hole, err := isHole(c.f, int64(e)+from, (int64(to-at)*bits+7)/8)
+	if err != nil || !hole {
 		return at, err
 	}
 	return to, nil

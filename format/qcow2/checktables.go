@@ -169,6 +169,15 @@ func (c *checker) countSnapshotL1s() error {
 	return nil
 }
 
+// mappingAt decodes an L2 entry.
+func (g *geometry) mappingAt(p []byte) mapping {
+	m := mapping{entry: l2EntryAt(p)}
+	if g.extended {
+		m.bitmap = binary.BigEndian.Uint64(p[8:])
+	}
+	return m
+}
+
 // l2EntryAt decodes the first word of an L2 entry.
 func l2EntryAt(p []byte) l2Entry { return l2Entry(binary.BigEndian.Uint64(p)) }
 
@@ -187,26 +196,22 @@ func (c *checker) examineL2(table hostOff, active bool) error {
 	c.next = 0
 	size := c.g.entrySize()
 	return c.forEachChunk("an L2 table", table, c.g.clusterSize, func(base int64, p []byte) error {
-		var changed changedRange
 		for k := int64(0); k < int64(len(p)); k += size {
-			m := mapping{entry: l2EntryAt(p[k:])}
-			if c.g.extended {
-				m.bitmap = binary.BigEndian.Uint64(p[k+8:])
-			}
+			m := c.g.mappingAt(p[k:])
 			if m == (mapping{}) {
 				continue
 			}
-			if c.repair == RepairAll && c.unalignedZero(m) && c.single(table) {
-				c.fixed(1, "Repairing offset=%x: Preallocated cluster is not properly aligned; L2 entry corrupted.", int64(m.entry.offset()))
-				binary.BigEndian.PutUint64(p[k:], c.plainZero())
-				changed.add(k)
-				continue
+			if c.repair == RepairAll && c.unalignedZero(m) {
+				if n := len(c.zeroTables); n == 0 || c.zeroTables[n-1] != table {
+					c.zeroTables = append(c.zeroTables, table)
+				}
+				continue // it is going to lose that offset
 			}
 			if err := c.examineEntry(m, (base+k)/size, weight, active); err != nil {
 				return err
 			}
 		}
-		return c.writeBack(table+hostOff(base), p, changed)
+		return nil
 	})
 }
 
@@ -223,15 +228,6 @@ func (g *geometry) containsData(m mapping) bool {
 // lost by dropping the offset.
 func (c *checker) unalignedZero(m mapping) bool {
 	return !m.entry.compressed() && m.entry&l2ReservedMask == 0 && c.g.inCluster(int64(m.entry.offset())) != 0 && !c.g.containsData(m)
-}
-
-// plainZero is the first word of an entry that reads as zeros and has no host cluster. In an extended entry
-// the bitmap says what reads as zeros.
-func (c *checker) plainZero() uint64 {
-	if c.g.extended {
-		return 0
-	}
-	return entryZero
 }
 
 // examineEntry validates entry i of an L2 table.

@@ -52,20 +52,40 @@ func (c *combiner) flush(commit func() error) error {
 func (w *committer) take(u *update) error {
 	im := w.im
 	need := u.exposes
-	counted, err := im.linkUses(u)
+	if w.im.opts.Mutant == MutantLazyNoBarrier {
+		need = 0
+	}
+	ready, err := im.linkUses(u)
 	if err != nil {
 		return err
 	}
-	if !w.holdCounts {
-		need = max(need, counted)
-	}
+	need = max(need, ready)
 	im.changeWords(u)
 	if u.slice != nil {
 		u.slice.need = max(u.slice.need, need)
 	} else {
 		im.l1Need = max(im.l1Need, need)
 	}
-	for _, r := range u.releases {
+	return w.hold(u.releases)
+}
+
+// hold keeps what an update released until that is durable.
+func (w *committer) hold(runs []hostRun) error {
+	im := w.im
+	for _, r := range runs {
+		switch im.opts.Mutant {
+		case MutantReuseEarly, MutantHistorical, MutantLowerEarly:
+			if err := im.alloc.release(r); err != nil {
+				return err
+			}
+			continue
+		case MutantPunchEarly:
+			for c := r.start; c < r.start+hostCluster(r.n); c++ {
+				if v, err := im.alloc.refs.get(c); err == nil && v == 1 && !im.alloc.packer.pending(c) {
+					im.alloc.punch(c, true)
+				}
+			}
+		}
 		im.quarantine = append(im.quarantine, r)
 		im.quarantined += r.n
 	}
@@ -160,10 +180,9 @@ func (w *committer) commit(durable bool) error {
 	if err := im.writeBatch(counts); err != nil {
 		return err
 	}
-	if w.prepare != nil && !w.words.empty() {
-		if err := w.prepare(); err != nil {
-			return err
-		}
+	late := im.opts.Mutant == MutantDirtyLate
+	if err := w.announce(!late); err != nil {
+		return err
 	}
 	if need >= reached {
 		if err := im.barrier(now); err != nil {
@@ -171,6 +190,9 @@ func (w *committer) commit(durable bool) error {
 		}
 	}
 	if err := im.writeBatch(&w.words); err != nil {
+		return err
+	}
+	if err := w.announce(late); err != nil {
 		return err
 	}
 	if durable {
@@ -196,6 +218,14 @@ func (w *committer) commit(durable bool) error {
 		}
 	}
 	return nil
+}
+
+// announce runs prepare if it is due.
+func (w *committer) announce(due bool) error {
+	if w.prepare == nil || !due || w.words.empty() {
+		return nil
+	}
+	return w.prepare()
 }
 
 // finish makes everything durable and gives the reserve back; what is left for the caller is to trim the file.

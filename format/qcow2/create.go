@@ -51,8 +51,8 @@ func Create(f storage.File, o CreateOptions) error {
 	}
 	c := &creation{f: f, h: h, g: newGeometry(h), prealloc: prealloc}
 	c.layout()
-	if err := c.checkLayout(); err != nil {
-		return fmt.Errorf("%s: %w", f.Name(), err)
+	if !c.addressable() {
+		return fmt.Errorf("%s: %s", f.Name(), problemTooLarge)
 	}
 	head, err := h.Encode()
 	if err != nil {
@@ -227,12 +227,9 @@ func (c *creation) layout() {
 	}
 }
 
-// checkLayout refuses what the format cannot address.
-func (c *creation) checkLayout() error {
-	if int64(c.h.RefcountTableClusters)*c.g.clusterSize > maxRefcountTableBytes || c.end > entryOffsetMask>>c.g.clusterBits {
-		return errors.New(problemTooLarge)
-	}
-	return nil
+// addressable reports whether the format has room for the layout: in its refcount table and in its offsets.
+func (c *creation) addressable() bool {
+	return int64(c.h.RefcountTableClusters)*c.g.clusterSize <= maxRefcountTableBytes && c.end <= entryOffsetMask>>c.g.clusterBits
 }
 
 func (c *creation) write(head []byte, dataFile storage.File) error {
@@ -261,8 +258,8 @@ func (c *creation) write(head []byte, dataFile storage.File) error {
 	return c.f.Sync()
 }
 
-// wipe empties the file. What has a fixed size (a block device) keeps its bytes, except that the header of
-// an image it may hold goes first: a crash must not leave the old header with the new tables.
+// wipe empties the file; what has a fixed size (a block device) keeps its bytes. The header of an image that
+// it may hold goes first, durably: a crash must not leave the old header with the new tables.
 func (c *creation) wipe() error {
 	old, err := c.f.Size()
 	if err != nil {
@@ -270,19 +267,14 @@ func (c *creation) wipe() error {
 	}
 	size := int64(c.g.offsetOf(c.end))
 	if old > 0 {
-		if err := c.f.Truncate(0); err != nil && !errors.Is(err, errors.ErrUnsupported) {
+		var sector [storage.SectorSize]byte
+		if _, err := c.f.WriteAt(sector[:min(old, storage.SectorSize)], 0); err != nil {
 			return err
-		}
-		if old, err = c.f.Size(); err != nil {
-			return err
-		}
-		if old > 0 {
-			var sector [storage.SectorSize]byte
-			if _, err := c.f.WriteAt(sector[:min(old, storage.SectorSize)], 0); err != nil {
-				return err
-			}
 		}
 		if err := c.f.Sync(); err != nil {
+			return err
+		}
+		if old, err = truncateToZero(c.f); err != nil {
 			return err
 		}
 	}
@@ -293,6 +285,14 @@ func (c *creation) wipe() error {
 	return nil
 }
 
+// truncateToZero empties a file and returns the size it then has, which is not 0 where it is fixed.
+func truncateToZero(f storage.File) (int64, error) {
+	if err := f.Truncate(0); err != nil && !errors.Is(err, errors.ErrUnsupported) {
+		return 0, err
+	}
+	return f.Size()
+}
+
 // prepareDataFile empties the external data file and gives it the size of the disk.
 func (c *creation) prepareDataFile(d storage.File) error {
 	old, err := d.Size()
@@ -300,10 +300,7 @@ func (c *creation) prepareDataFile(d storage.File) error {
 		return err
 	}
 	if old > 0 {
-		if err := d.Truncate(0); err != nil && !errors.Is(err, errors.ErrUnsupported) {
-			return err
-		}
-		if old, err = d.Size(); err != nil {
+		if old, err = truncateToZero(d); err != nil {
 			return err
 		}
 	}

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/platter-disk/platter/block"
+	"github.com/platter-disk/platter/crashlab"
 	"github.com/platter-disk/platter/internal/testenv"
 	"github.com/platter-disk/platter/storage"
 )
@@ -293,7 +294,7 @@ func TestCreateOrder(t *testing.T) {
 	if err := Create(r, CreateOptions{Size: 1 << 20}); err != nil {
 		t.Fatal(err)
 	}
-	if strings.Join(r.log[:2], ",") != "truncate 0,sync" {
+	if strings.Join(r.log[:3], ",") != "write 0,sync,truncate 0" {
 		t.Errorf("starts with %q", r.log)
 	}
 }
@@ -317,4 +318,68 @@ func (r *orderRecorder) Truncate(size int64) error {
 func (r *orderRecorder) Sync() error {
 	r.log = append(r.log, "sync")
 	return r.Memory.Sync()
+}
+
+// A crash at any point of Create leaves the old image, no image, or the new one whole.
+func TestCreateCrash(t *testing.T) {
+	for _, o := range []CreateOptions{
+		{Size: 1 << 20, ClusterSize: 4096},
+		{Size: 1 << 20, ClusterSize: 4096, Preallocation: block.PreallocMetadata},
+	} {
+		lab, err := crashlab.NewLab(crashlab.FileSpec{Name: "disk"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := Create(lab.Files()[0], CreateOptions{Size: 64 << 10, ClusterSize: 512, Preallocation: block.PreallocMetadata}); err != nil {
+			t.Fatal(err)
+		}
+		lab.Settle()
+		if err := Create(lab.Files()[0], o); err != nil {
+			t.Fatal(err)
+		}
+		states, err := lab.Crashes(crashlab.Model{Tear: 512, Poison: true}, envInt(t, "PLATTER_CRASH_STATES", 150), 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		outcomes := map[string]int{}
+		for state := range states {
+			f := state.Files()[0]
+			h, err := ReadHeader(f)
+			if errors.Is(err, ErrNotQcow2) {
+				outcomes["none"]++
+				continue
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if res := mustCheck(t, f, RepairNone); !res.Clean() {
+				t.Fatalf("a broken image: %+v", res)
+			}
+			outcomes[fmt.Sprintf("clusters of %d", h.ClusterSize())]++
+		}
+		t.Logf("%v", outcomes)
+		if outcomes["none"] == 0 || outcomes["clusters of 4096"] == 0 {
+			t.Error("one of the outcomes never happened")
+		}
+	}
+}
+
+// Whatever fails, Create says so and leaves no image.
+func TestCreateFaults(t *testing.T) {
+	for n := 1; ; n++ {
+		f := &faulty{Memory: storage.NewMemory("disk"), left: n}
+		err := Create(f, CreateOptions{Size: 1 << 20, Preallocation: block.PreallocFull, ClusterSize: 4096})
+		if err == nil {
+			if n < 8 {
+				t.Errorf("only %d changes", n)
+			}
+			return
+		}
+		if !strings.Contains(err.Error(), "injected") {
+			t.Fatalf("change %d fails: %v", n, err)
+		}
+		if _, err := ReadHeader(f.Memory); !errors.Is(err, ErrNotQcow2) && f.Memory != nil && n < 8 {
+			t.Fatalf("change %d fails, but there is an image: %v", n, err)
+		}
+	}
 }

@@ -189,9 +189,9 @@ func TestCheckRandomDamage(t *testing.T) {
 		f := loadImage(t, images[name])
 		edits := randomDamage(t, r, f)
 		apply(t, f, edits...)
-		ours, _ := ourVerdict(t, f, RepairNone)
+		ours, collisions := ourVerdict(t, f, RepairNone)
 		theirs := qemuVerdict(t, f)
-		if readsGarbage(theirs) {
+		if readsGarbage(theirs, collisions) {
 			continue
 		}
 		if diff := diffVerdicts(ours, theirs); diff != "" {
@@ -207,10 +207,13 @@ func TestCheckRandomDamage(t *testing.T) {
 // cluster-aligned it says so and goes on at that offset, and where one has flags and no offset it takes the
 // header for a table. Check stops there. Nor does QEMU open an image with a damaged bitmap, or read
 // L1 tables beyond 2^63.
-func readsGarbage(v verdict) bool {
+func readsGarbage(v verdict, collisions []string) bool {
+	if strings.Contains(strings.Join(collisions, "\n"), "two owners: header, L2 table") {
+		return true
+	}
 	return slices.ContainsFunc(v.lines, func(l string) bool {
 		return strings.Contains(l, "Could not read bitmap_table") || strings.Contains(l, "I/O error in check_refcounts") ||
-			strings.Contains(l, "overflow cluster offset=0x0") || strings.Contains(l, "Table is not cluster aligned") || strings.HasPrefix(l, "ERROR cluster 0 ")
+			strings.Contains(l, "overflow cluster offset=0x0") || strings.Contains(l, "Table is not cluster aligned")
 	})
 }
 
@@ -353,11 +356,11 @@ func TestCheckRandomDamageDataFile(t *testing.T) {
 		f := loadImage(t, path)
 		edits := randomDamage(t, r, f)
 		apply(t, f, edits...)
-		ours, _ := ourVerdict(t, f, RepairNone)
+		ours, collisions := ourVerdict(t, f, RepairNone)
 		damaged := filepath.Join(dir, "damaged.qcow2")
 		saveImage(t, f, damaged)
 		theirs := qemuVerdictOf(t, "driver=qcow2,file.filename="+damaged+",data-file.driver=file,data-file.filename="+data, "--image-opts")
-		if readsGarbage(theirs) {
+		if readsGarbage(theirs, collisions) {
 			continue
 		}
 		if diff := diffVerdicts(ours, theirs); diff != "" {

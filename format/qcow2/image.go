@@ -30,8 +30,16 @@ type Options struct {
 	L2CacheSize       int64  // bytes; 0: DefaultL2CacheSize
 	RefcountCacheSize int64  // bytes; 0: DefaultRefcountCacheSize
 
+	// Reserve bounds the clusters that are counted or set aside ahead of use, under the disciplines that do so:
+	// what a crash may leak. 0: 1024, or 64 MiB where that is less.
+	Reserve int64
+
 	Discard      bool // give the space of discarded clusters back to the file system
 	Writethrough bool // every change is durable when it returns
+
+	JournalSize int64 // bytes that a new journal takes, from 64 blocks to 1 GiB; 0: what the image prefers, or 16 MiB
+
+	Mutant Mutant // "": none. For crash exploration only
 }
 
 // Image is an open qcow2 image: a block.Device kept in a storage.File.
@@ -88,12 +96,15 @@ var _ block.Device = (*Image)(nil)
 // caller's. A writable open of an image whose dirty bit is set rebuilds its reference counts first; one whose
 // corrupt bit is set is refused.
 func Open(f storage.File, o Options) (*Image, error) {
+	if err := o.Mutant.validate(); err != nil {
+		return nil, err
+	}
 	h, err := ReadHeader(f)
 	if err != nil {
 		return nil, err
 	}
 	if h.Incompatible&IncompatJournal != 0 {
-		if f, h, err = openJournalled(f, h, o.ReadOnly); err != nil {
+		if f, h, err = openJournalled(f, h, &o); err != nil {
 			return nil, err
 		}
 	}
@@ -146,14 +157,14 @@ func Open(f storage.File, o Options) (*Image, error) {
 
 // openJournalled makes the metadata of a crashed image readable: by replaying its journal, or, read-only, by
 // looking at the file through it.
-func openJournalled(f storage.File, h *Header, readOnly bool) (storage.File, *Header, error) {
-	if readOnly {
+func openJournalled(f storage.File, h *Header, o *Options) (storage.File, *Header, error) {
+	if o.ReadOnly {
 		view, _, err := journalOverlay(f, h)
 		if err != nil {
 			return nil, nil, err
 		}
 		f = view
-	} else if err := recoverJournal(f, h); err != nil {
+	} else if err := recoverJournal(f, h, o.Mutant); err != nil {
 		return nil, nil, err
 	}
 	h, err := ReadHeader(f)
@@ -348,17 +359,16 @@ func (im *Image) trim() error {
 	return im.alloc.trim()
 }
 
-// linkUses counts what an update uses and returns the generation that the counts became what they are. The
-// caller holds mu.
-func (im *Image) linkUses(u *update) (counted generation, err error) {
+// linkUses counts what an update uses and returns what it has to wait for on that account. The caller holds mu.
+func (im *Image) linkUses(u *update) (ready generation, err error) {
 	for _, r := range u.uses {
 		g, err := im.alloc.link(r)
 		if err != nil {
 			return 0, err
 		}
-		counted = max(counted, g)
+		ready = max(ready, g)
 	}
-	return counted, nil
+	return ready, nil
 }
 
 // changeWords changes words in memory. The caller holds mu and has pinned u.slice.

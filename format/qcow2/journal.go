@@ -39,6 +39,7 @@ type journal struct {
 	nextTx    uint64
 	inPlace   sync.WaitGroup // a checkpoint in the background
 	running   bool           // one is under way; guarded by Image.mu
+	delayed   func()         // a checkpoint that MutantRingEarly holds back; guarded by commits
 	postponed []hostRun      // table clusters freed while it is; guarded by Image.mu
 }
 
@@ -52,6 +53,9 @@ func newJournal(im *Image) (*journal, error) {
 	} else {
 		d.ext.BlockOrder = min(defaultBlockOrder, im.header.ClusterBits)
 	}
+	if im.opts.JournalSize > 0 {
+		d.ext.PreferredSize = uint64(min(max(im.opts.JournalSize, minJournalBlocks<<d.ext.BlockOrder), maxJournalBytes))
+	}
 	im.alloc.policy = countAtLink
 	im.alloc.refs.log = d.log
 	return d, nil
@@ -64,7 +68,8 @@ func (d *journal) log(at hostOff, word uint64) { d.tx.words[at] = word }
 
 func (d *journal) accept(u *update) error {
 	im := d.im
-	if _, err := im.linkUses(u); err != nil {
+	ready, err := im.linkUses(u)
+	if err != nil {
 		return err
 	}
 	im.changeWords(u)
@@ -75,7 +80,7 @@ func (d *journal) accept(u *update) error {
 	for i, w := range u.words {
 		d.log(at+hostOff((u.first+int64(i))*8), w)
 	}
-	d.need = max(d.need, u.exposes)
+	d.need = max(d.need, u.exposes, ready)
 	return d.release(u.releases)
 }
 
@@ -89,6 +94,10 @@ func (d *journal) release(runs []hostRun) error {
 				return err
 			}
 			if !last {
+				continue
+			}
+			if d.im.opts.Mutant == MutantJournalReuse {
+				a.recycle(c, r.punch)
 				continue
 			}
 			a.busy[c] = struct{}{}
@@ -186,6 +195,10 @@ func (d *journal) checkpointNow() error {
 	if err := d.commit(true); err != nil {
 		return err
 	}
+	if d.delayed != nil {
+		d.inPlace.Go(d.delayed)
+		d.delayed = nil
+	}
 	d.inPlace.Wait()
 	return d.im.failed()
 }
@@ -214,7 +227,7 @@ func (d *journal) commit(checkpoint bool) error {
 	d.advanceTail()
 	used := d.head - d.tail + tx.bound(int(d.ext.blockSize()))
 	var places *tableState
-	if d.live && !d.running && (checkpoint || used > d.ext.ringBlocks()/2) {
+	if d.live && !d.running && (checkpoint || used > d.checkpointAt()) {
 		places = d.collect()
 	}
 	im.gen++
@@ -222,8 +235,13 @@ func (d *journal) commit(checkpoint bool) error {
 	reached := im.durable
 	im.mu.Unlock()
 
+	if places != nil && im.opts.Mutant == MutantNoWAL {
+		if err := im.writeBatch(&places.writes); err != nil {
+			return err
+		}
+	}
 	if !tx.empty() {
-		if need >= reached {
+		if need >= reached && im.opts.Mutant != MutantNoB1 {
 			if err := im.barrier(now); err != nil {
 				return err
 			}
@@ -239,9 +257,23 @@ func (d *journal) commit(checkpoint bool) error {
 	d.recycle(freed)
 	if places != nil {
 		head, tx := d.head, d.nextTx
-		d.inPlace.Go(func() { d.checkpoint(places, head, tx) })
+		run := func() { d.checkpoint(places, head, tx) }
+		if im.opts.Mutant == MutantRingEarly {
+			d.delayed = run // the wrong order shows only if the ring is full when the checkpoint ends
+			return nil
+		}
+		d.inPlace.Go(run)
 	}
 	return nil
+}
+
+// checkpointAt is the number of blocks in use at which a checkpoint starts: early enough that commits go on
+// while it runs.
+func (d *journal) checkpointAt() uint64 {
+	if d.im.opts.Mutant == MutantNoWAL {
+		return 0
+	}
+	return d.ext.ringBlocks() / 2
 }
 
 // recycle makes clusters available that a durable transaction freed. A checkpoint that is under way may still
@@ -262,7 +294,7 @@ func (d *journal) recycle(freed []hostRun) {
 // advanceTail frees the ring up to the tail of the newest superblock, once that is durable. The caller holds
 // commits and Image.mu.
 func (d *journal) advanceTail() {
-	if d.newTail > d.tail && d.stamp < d.im.durable {
+	if d.newTail > d.tail && (d.stamp < d.im.durable || d.delayed != nil) {
 		d.tail = d.newTail
 	}
 }
@@ -316,7 +348,16 @@ func (d *journal) writeRing(blocks [][]byte) error {
 func (d *journal) makeRoom() error {
 	d.inPlace.Wait()
 	im := d.im
+	if d.delayed != nil {
+		d.delayed()
+	}
 	im.mu.Lock()
+	if d.delayed != nil {
+		d.advanceTail()
+		d.delayed = nil
+		im.mu.Unlock()
+		return im.failed()
+	}
 	im.gen++
 	now := im.gen
 	im.mu.Unlock()
@@ -368,8 +409,11 @@ func (d *journal) checkpoint(c *tableState, head, tx uint64) {
 		d.postponed = nil
 		im.mu.Unlock()
 	}()
-	if im.writeBatch(&c.writes) != nil || im.syncFiles() != nil {
+	if im.writeBatch(&c.writes) != nil {
 		return // the image takes no further changes
+	}
+	if im.opts.Mutant != MutantNoCheckpointB && im.syncFiles() != nil {
+		return
 	}
 	// The superblock before this one was written before that barrier: the two never fail together.
 	d.super.generation++
@@ -413,14 +457,14 @@ func (d *journal) begin() error {
 	}
 	im.alloc.journal = hostRun{start: start, n: size >> im.geo.clusterBits}
 	d.ext.Offset, d.ext.Size = uint64(im.geo.offsetOf(start)), uint64(size)
-	if _, err := rand.Read(d.ext.UUID[:]); err != nil {
+	if err := d.identify(d.ext.UUID[:]); err != nil {
 		return err
 	}
 	d.super = superblock{
 		uuid: d.ext.UUID, generation: 1, blocks: d.ext.ringBlocks(), blockSize: uint32(d.ext.blockSize()),
 		minSize: uint64(im.alloc.end.Load()), tail: 1, tailTx: 1,
 	}
-	if _, err := rand.Read(d.super.session[:]); err != nil {
+	if err := d.identify(d.super.session[:]); err != nil {
 		return err
 	}
 	d.head, d.tail, d.durable, d.nextTx = 1, 1, 1, 1
@@ -441,6 +485,15 @@ func (d *journal) begin() error {
 	}
 	d.live = true
 	return nil
+}
+
+// identify makes a random identity.
+func (d *journal) identify(id []byte) error {
+	if d.im.opts.Mutant == MutantSameSession {
+		return nil
+	}
+	_, err := rand.Read(id)
+	return err
 }
 
 // close checkpoints and ends the session. What is left is an ordinary image that asks to be journalled the

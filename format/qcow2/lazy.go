@@ -43,18 +43,27 @@ func (d *lazy) mark() error {
 }
 
 func (d *lazy) close() error {
+	early := d.im.opts.Mutant == MutantDirtyEarly
+	if err := d.clear(early); err != nil {
+		return err
+	}
 	if err := d.finish(); err != nil {
 		return err
 	}
-	im := d.im
-	if d.marked {
-		im.mu.Lock()
-		im.header.Incompatible &^= IncompatDirty
-		err := im.switchHeader(fieldFeatures)
-		im.mu.Unlock()
-		if err != nil {
-			return err
-		}
+	if err := d.clear(!early); err != nil {
+		return err
 	}
-	return im.trim()
+	return d.im.trim()
+}
+
+// clear clears the dirty bit durably, if that is due.
+func (d *lazy) clear(due bool) error {
+	if !d.marked || !due {
+		return nil
+	}
+	im := d.im
+	im.mu.Lock()
+	defer im.mu.Unlock()
+	im.header.Incompatible &^= IncompatDirty
+	return im.switchHeader(fieldFeatures)
 }

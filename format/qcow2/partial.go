@@ -199,6 +199,9 @@ func (im *Image) link(p *partial) error {
 		return err
 	}
 	u := update{words: words, exposes: im.now()}
+	if im.opts.Mutant == MutantNoCopyUp {
+		u.exposes = 0
+	}
 	if !p.own {
 		u.releases = im.releases(p.old, false)
 		if !g.dataFile {

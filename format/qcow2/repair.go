@@ -66,6 +66,9 @@ func (c *checker) repairFindings() error {
 		c.internal("ERROR need to rebuild refcount structures")
 		return &CheckFailure{File: c.f.Name(), Reason: reasonIO}
 	}
+	if err := c.fixZeros(); err != nil {
+		return err
+	}
 	if c.repair == RepairAll && (c.damaged > 0 || c.blockless || c.newTable) {
 		if err := c.rebuild(); err != nil {
 			return err
@@ -84,6 +87,40 @@ func (c *checker) repairFindings() error {
 	inOrder := before.Corruptions+before.CheckErrors == 0 && before.Leaks == c.res.LeaksFixed
 	if err := c.checkCopied(c.repair == RepairAll || inOrder); err != nil {
 		return err
+	}
+	return c.f.Sync()
+}
+
+// fixZeros takes the host offset out of entries that read as zeros and have one that cannot be right.
+func (c *checker) fixZeros() error {
+	size := c.g.entrySize()
+	plain := uint64(entryZero)
+	if c.g.extended {
+		plain = 0 // the bitmap says what reads as zeros
+	}
+	if len(c.zeroTables) == 0 {
+		return nil
+	}
+	for _, table := range c.zeroTables {
+		if !c.single(table) {
+			continue
+		}
+		err := c.forEachChunk("an L2 table", table, c.g.clusterSize, func(base int64, p []byte) error {
+			var changed changedRange
+			for k := int64(0); k < int64(len(p)); k += size {
+				m := c.g.mappingAt(p[k:])
+				if !c.unalignedZero(m) {
+					continue
+				}
+				c.fixed(1, "Repairing offset=%x: Preallocated cluster is not properly aligned; L2 entry corrupted.", int64(m.entry.offset()))
+				binary.BigEndian.PutUint64(p[k:], plain)
+				changed.add(k)
+			}
+			return c.writeBack(table+hostOff(base), p, changed)
+		})
+		if err != nil {
+			return err
+		}
 	}
 	return c.f.Sync()
 }

@@ -120,7 +120,7 @@ func repairProblem(t *testing.T, damaged, f *storage.Memory, mode Repair) (probl
 		return "", false // a repair made it larger than a local file can be
 	}
 	theirs := qemuVerdict(t, f)
-	if !readsGarbage(theirs) {
+	if !readsGarbage(theirs, collisions) {
 		if diff := diffVerdicts(after, theirs); diff != "" {
 			return "after the repair:\n" + diff, false
 		}

@@ -205,9 +205,13 @@ func (im *Image) writeNew(p []byte, off guestOff, first mapping) (int, error) {
 	olds = olds[:run.n]
 	in := g.inCluster(int64(off))
 	p = p[:min(int64(len(p)), run.n<<g.clusterBits-in)]
-	if err := im.overwrite(p, g.offsetOf(run.start)+hostOff(in)); err != nil {
-		im.giveBack(run)
-		return 0, err
+	write := func() error { return im.overwrite(p, g.offsetOf(run.start)+hostOff(in)) }
+	linkFirst := im.opts.Mutant == MutantLinkFirst || im.opts.Mutant == MutantHistorical
+	if !linkFirst {
+		if err := write(); err != nil {
+			im.giveBack(run)
+			return 0, err
+		}
 	}
 	// Whole pieces, and pieces whose rest reads as zeros above and below, are linked now; the clusters at the
 	// ends of the write may have to wait for their copy-up.
@@ -253,6 +257,14 @@ func (im *Image) writeNew(p []byte, off guestOff, first mapping) (int, error) {
 			return 0, err
 		}
 		if err := im.apply(at, u); err != nil {
+			return 0, err
+		}
+	}
+	if linkFirst {
+		if err := im.discipline.flush(); err != nil {
+			return 0, err
+		}
+		if err := write(); err != nil {
 			return 0, err
 		}
 	}

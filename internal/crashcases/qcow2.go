@@ -1,0 +1,265 @@
+package crashcases
+
+import (
+	"fmt"
+	"slices"
+
+	"github.com/platter-disk/platter/block"
+	"github.com/platter-disk/platter/crashlab"
+	"github.com/platter-disk/platter/format/qcow2"
+	"github.com/platter-disk/platter/format/raw"
+	"github.com/platter-disk/platter/storage"
+)
+
+// qcow2Workload is a workload and the image that it runs on.
+type qcow2Workload struct {
+	Workload
+	create  qcow2.CreateOptions
+	backing int64 // bytes of a raw backing file; 0: none
+	discard bool
+	caches  int64 // bytes of the table caches; 0: the default
+	watch   []crashlab.Range
+	work    func(seed uint64) func(g *crashlab.Guest) error
+}
+
+const (
+	kib = 1 << 10
+
+	// reserve is small, so that clusters are used again soon.
+	reserve = 2
+
+	growSteps, growBy = 4, 96 * kib
+)
+
+// mixWork is a workload of random requests.
+func mixWork(m crashlab.Mix) func(uint64) func(*crashlab.Guest) error {
+	return func(seed uint64) func(*crashlab.Guest) error {
+		m.Seed = seed
+		return m.Run
+	}
+}
+
+func qcow2Workloads() []qcow2Workload {
+	return []qcow2Workload{
+		{
+			Workload: Workload{Name: "alloc", Description: "allocating writes and flushes on a stand-alone image"},
+			create:   qcow2.CreateOptions{Size: 256 * kib, ClusterSize: 4096},
+			work:     mixWork(crashlab.Mix{Requests: 60, MaxLength: 12 * kib, Write: 10, Flush: 4, Check: 1}),
+		}, {
+			Workload: Workload{Name: "mixed", Description: "writes, zeroing and discards over the same few clusters, so that they are freed and used again"},
+			create:   qcow2.CreateOptions{Size: 32 * kib, ClusterSize: 1024},
+			discard:  true,
+			work:     mixWork(crashlab.Mix{Requests: 90, MaxLength: 4 * kib, Write: 8, Zero: 1, Unmap: 2, Discard: 3, Flush: 3, Check: 1}),
+		}, {
+			Workload: Workload{Name: "overlay", Description: "small writes over a backing file: copy-up, delayed and not"},
+			create:   qcow2.CreateOptions{Size: 64 * kib, ClusterSize: 4096},
+			backing:  64 * kib,
+			work:     mixWork(crashlab.Mix{Requests: 60, MaxLength: 6 * kib, Write: 10, Zero: 1, Unmap: 1, Discard: 1, Flush: 4, Check: 1}),
+		}, {
+			Workload: Workload{Name: "overwrite", Description: "whole clusters over a backing file and over each other, so that what lies underneath is never zeros"},
+			create:   qcow2.CreateOptions{Size: 16 * kib, ClusterSize: 1024},
+			backing:  16 * kib,
+			work:     mixWork(crashlab.Mix{Requests: 60, Align: 1024, MaxLength: 4 * kib, Write: 10, Unmap: 1, Discard: 3, Flush: 4, Check: 1}),
+		}, {
+			Workload: Workload{Name: "churn", Description: "a flush after almost every small write, so that a journal wraps"},
+			create:   qcow2.CreateOptions{Size: 12 * kib, ClusterSize: 512},
+			discard:  true,
+			work:     mixWork(crashlab.Mix{Requests: 200, MaxLength: 1 * kib, Write: 8, Discard: 5, Flush: 12, Check: 1}),
+		}, {
+			Workload: Workload{Name: "extended", Description: "an overlay with subclusters"},
+			create:   qcow2.CreateOptions{Size: 128 * kib, ClusterSize: 16 * kib, ExtendedL2: true},
+			backing:  100 * kib,
+			discard:  true,
+			work:     mixWork(crashlab.Mix{Requests: 60, MaxLength: 8 * kib, Write: 10, Zero: 1, Unmap: 1, Discard: 1, Flush: 4, Check: 1}),
+		}, {
+			Workload: Workload{Name: "parallel", Description: "three workers at once, tables that do not fit the cache"},
+			create:   qcow2.CreateOptions{Size: 128 * kib, ClusterSize: 512},
+			discard:  true, caches: 1,
+			work: mixWork(crashlab.Mix{Requests: 30, Workers: 3, MaxLength: 4 * kib, Write: 8, Unmap: 1, Discard: 2, Flush: 2, Check: 1}),
+		}, {
+			Workload: Workload{Name: "compressed", Description: "packed compressed clusters, overwritten and written again"},
+			create:   qcow2.CreateOptions{Size: 32 * kib, ClusterSize: 4096, RefcountBits: 8},
+			work:     compressedWork,
+		}, {
+			Workload: Workload{Name: "grow", Description: "refcount blocks and table, L1 table and disk grow"},
+			create:   qcow2.CreateOptions{Size: 64 * kib, ClusterSize: 512, RefcountBits: 64},
+			watch:    []crashlab.Range{{Offset: 0, Length: 64*kib + growSteps*growBy}},
+			work:     growWork,
+		},
+	}
+}
+
+// compressedWork writes whole clusters compressed, and plain data over them.
+func compressedWork(seed uint64) func(g *crashlab.Guest) error {
+	return func(g *crashlab.Guest) error {
+		const cluster = 4096
+		r := newRand(seed)
+		im := g.Subject().(*qcow2Subject).Image
+		for range 50 {
+			off := r.Int64N(g.Subject().Size()/cluster) * cluster
+			var err error
+			switch r.IntN(6) {
+			case 0, 1, 2:
+				err = g.WriteWith("compressed write", off, cluster, func(p []byte) error { return im.WriteCompressed(p, off) })
+			case 3:
+				err = g.Write(off+r.Int64N(6)*512, 1024)
+			case 4:
+				err = g.Discard(off, cluster)
+			case 5:
+				err = g.Flush()
+			}
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+}
+
+// growWork makes every structure of an image grow.
+func growWork(seed uint64) func(g *crashlab.Guest) error {
+	return func(g *crashlab.Guest) error {
+		r := newRand(seed)
+		im := g.Subject().(*qcow2Subject).Image
+		for range growSteps {
+			grow := crashlab.Mix{Requests: 10, MaxLength: 16 * kib, Write: 6, Flush: 2, Seed: r.Uint64()}
+			if err := grow.Run(g); err != nil {
+				return err
+			}
+			size := g.Subject().Size() + growBy
+			if err := g.Resize(size, func() error { return im.Resize(size, block.PreallocOff) }); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+}
+
+func qcow2Format() Format {
+	f := Format{Name: "qcow2", Disciplines: qcow2.Disciplines(), scenario: qcow2Scenario}
+	for _, w := range qcow2Workloads() {
+		f.Workloads = append(f.Workloads, w.Workload)
+	}
+	catch := map[qcow2.Mutant]string{
+		qcow2.MutantNoCopyUp: "overlay", qcow2.MutantLinkFirst: "overwrite", qcow2.MutantHistorical: "overwrite",
+		qcow2.MutantReuseEarly: "overwrite", qcow2.MutantPunchEarly: "compressed", qcow2.MutantLowerEarly: "overwrite",
+		qcow2.MutantNoWAL: "churn", qcow2.MutantNoCheckpointB: "churn", qcow2.MutantRingEarly: "churn",
+		qcow2.MutantRevokeIgnored: "grow",
+	}
+	for m, disciplines := range qcow2.Mutants() {
+		workload := catch[m]
+		if workload == "" {
+			workload = "mixed"
+		}
+		f.Mutants = append(f.Mutants, Mutant{Name: string(m), Disciplines: disciplines, Workload: workload})
+	}
+	slices.SortFunc(f.Mutants, func(a, b Mutant) int {
+		if a.Name < b.Name {
+			return -1
+		}
+		return 1
+	})
+	return f
+}
+
+func qcow2Scenario(c Case) (crashlab.Scenario, error) {
+	w, err := find("workload", c.Workload, qcow2Workloads(), func(w qcow2Workload) string { return w.Name })
+	if err != nil {
+		return crashlab.Scenario{}, err
+	}
+	sc := crashlab.Scenario{
+		Name:        c.String(),
+		Files:       []crashlab.FileSpec{{Name: "image"}},
+		Prepare:     w.prepare,
+		Open:        func(files []storage.File) (crashlab.Subject, error) { return w.open(files, c) },
+		Work:        w.work(c.Seed),
+		Again:       mixWork(crashlab.Mix{Requests: 8, MaxLength: 4 * kib, Write: 6, Discard: 1, Flush: 2})(c.Seed + 1),
+		Closed:      func(files []storage.File) error { return checkQcow2(files[0], leakBound(c.Discipline)) },
+		Watch:       w.watch,
+		DiscardUnit: w.create.ClusterSize,
+	}
+	if w.backing > 0 {
+		sc.Files = append(sc.Files, crashlab.FileSpec{Name: "backing"})
+	}
+	return sc, nil
+}
+
+// prepare makes the image, and a backing file without a zero sector.
+func (w *qcow2Workload) prepare(files []storage.File) error {
+	o := w.create
+	if w.backing > 0 {
+		o.BackingFile, o.BackingFormat, o.BackingSize = "backing", "raw", w.backing
+		p := make([]byte, w.backing)
+		r := newRand(99)
+		for i := range p {
+			p[i] = byte(r.Uint32()) | 1
+		}
+		if _, err := files[1].WriteAt(p, 0); err != nil {
+			return err
+		}
+	}
+	return qcow2.Create(files[0], o)
+}
+
+func (w *qcow2Workload) open(files []storage.File, c Case) (crashlab.Subject, error) {
+	o := qcow2.Options{
+		Discipline: c.Discipline, L2CacheSize: w.caches, RefcountCacheSize: w.caches, Discard: w.discard,
+		Reserve: reserve, JournalSize: 1, Mutant: qcow2.Mutant(c.Mutant),
+	}
+	if w.backing > 0 {
+		backing, err := raw.Open(files[1], raw.Options{ReadOnly: true})
+		if err != nil {
+			return nil, err
+		}
+		o.Backing = backing
+	}
+	im, err := qcow2.Open(files[0], o)
+	if err != nil {
+		return nil, err
+	}
+	return &qcow2Subject{Image: im, file: files[0], leaks: leakBound(c.Discipline)}, nil
+}
+
+// leakBound is the number of clusters that a crash may leak under a discipline, by its promise.
+func leakBound(discipline string) int64 {
+	switch discipline {
+	case qcow2.Journal, qcow2.Lazy:
+		return 0
+	}
+	return 2*reserve + 64 + 64 // the reserve, what is quarantined, and what the operations in flight take
+}
+
+// qcow2Subject is an image with its checker.
+type qcow2Subject struct {
+	*qcow2.Image
+	file  storage.File
+	leaks int64
+}
+
+func (s *qcow2Subject) WriteZeroes(off, length int64, unmap bool) error {
+	var flags block.ZeroFlags
+	if unmap {
+		flags = block.MayUnmap
+	}
+	return s.Image.WriteZeroes(off, length, flags)
+}
+
+// Check finds nothing but the leaks that the discipline may leave.
+func (s *qcow2Subject) Check() error { return checkQcow2(s.file, s.leaks) }
+
+func checkQcow2(f storage.File, leaks int64) error {
+	first := ""
+	res, err := qcow2.Check(f, qcow2.CheckOptions{Report: func(found qcow2.Finding) {
+		if first == "" && (found.Kind != qcow2.FindingLeak || leaks == 0) {
+			first = found.Message
+		}
+	}})
+	if err != nil {
+		return err
+	}
+	if res.Corruptions+res.CheckErrors+res.Collisions > 0 || res.Leaks > leaks {
+		return fmt.Errorf("%d corruptions, %d leaks (at most %d allowed), %d errors; first: %s",
+			res.Corruptions, res.Leaks, leaks, res.CheckErrors, first)
+	}
+	return nil
+}
