@@ -1,0 +1,177 @@
+package cli
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/spf13/cobra"
+
+	"github.com/platter-disk/platter/format/qcow2"
+	"github.com/platter-disk/platter/storage"
+)
+
+// Exit statuses of check.
+const (
+	checkCorrupt     = 2
+	checkLeaks       = 3
+	checkUnsupported = 63
+)
+
+func newCheckCommand() *cobra.Command {
+	var (
+		open   openFlags
+		output outputFlag
+		repair string
+		cache  string
+		quiet  bool
+	)
+	cmd := &cobra.Command{
+		Use:   "check [flags] FILENAME",
+		Short: "Look for inconsistencies in an image file",
+		Long: `Look for inconsistencies in the tables of an image file: counts that do not match,
+entries that point nowhere, clusters with two owners. What is found is printed on
+standard error, a summary on standard output. Guest data is not looked at.
+
+With -r, repair what was found: "leaks" gives clusters back that nothing refers to,
+which is always safe; "all" repairs everything that can be.
+
+Exit status: 0 nothing is wrong (any more), 1 the check could not be completed, 2 the
+image is corrupt, 3 it only wastes space (leaked clusters), 63 the image's format has
+nothing to check.`,
+		Example: `  platter check disk.qcow2
+  platter check --output=json disk.qcow2
+  platter check -r leaks disk.qcow2`,
+		Args: cobra.ArbitraryArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			var mode qcow2.Repair
+			switch repair {
+			case "":
+			case qcow2.RepairLeaks.String():
+				mode = qcow2.RepairLeaks
+			case qcow2.RepairAll.String():
+				mode = qcow2.RepairAll
+			default:
+				return usagef(cmd, "Unknown option value for -r (expecting 'leaks' or 'all'): %s", repair)
+			}
+			if err := output.check(); err != nil {
+				return err
+			}
+			if len(args) != 1 {
+				return usagef(cmd, "Expecting one image file name")
+			}
+			if _, ok := parseCache(cache); !ok {
+				return fmt.Errorf("Invalid source cache option: %s", cache)
+			}
+			if err := open.check(cmd); err != nil {
+				return err
+			}
+			img, format, err := open.openFile(cmd.Context(), args[0], mode == qcow2.RepairNone)
+			if err != nil {
+				return err
+			}
+			c := checking{cmd: cmd, name: args[0], repair: mode, quiet: quiet, json: output.json()}
+			if format != "qcow2" {
+				return errors.Join(&exitError{checkUnsupported, fmt.Errorf("This image format does not support checks")}, img.Close())
+			}
+			return errors.Join(c.run(img.File()), img.Close())
+		},
+	}
+	open.register(cmd, "`FORMAT` of the image; guessed when not given")
+	open.registerShare(cmd.Flags())
+	output.register(cmd)
+	fs := cmd.Flags()
+	fs.StringVarP(&repair, "repair", "r", "", "repair `WHAT` is found: leaks or all")
+	completeWith(cmd, "repair", "leaks", "all")
+	fs.StringVarP(&cache, "source-cache", "T", "writeback", "cache `MODE` of the image: none, writeback, writethrough,\ndirectsync or unsafe")
+	completeWith(cmd, "source-cache", cacheNames...)
+	fs.BoolVarP(&quiet, "quiet", "q", false, "print only what is found, no summary")
+	return cmd
+}
+
+// checking is one run of check.
+type checking struct {
+	cmd    *cobra.Command
+	name   string
+	repair qcow2.Repair
+	quiet  bool
+	json   bool
+}
+
+func (c *checking) run(f storage.File) error {
+	result, err := qcow2.Check(f, qcow2.CheckOptions{Repair: c.repair, Report: c.finding})
+	if err != nil {
+		var failure *qcow2.CheckFailure
+		if errors.As(err, &failure) {
+			return fmt.Errorf("Check failed: %s", failure.Reason)
+		}
+		return fmt.Errorf("Could not open '%s': %w", c.name, err)
+	}
+	result.Filename = c.name
+	out := c.cmd.OutOrStdout()
+	switch {
+	case c.json:
+		enc := json.NewEncoder(out)
+		enc.SetEscapeHTML(false)
+		enc.SetIndent("", "    ")
+		if err := enc.Encode(result); err != nil {
+			return err
+		}
+	case !c.quiet:
+		printCheck(out, result)
+	}
+	switch {
+	case result.CheckErrors > 0:
+		return &exitError{status: statusError, err: fmt.Errorf("Check failed")}
+	case result.Corruptions > 0:
+		return &exitError{status: checkCorrupt}
+	case result.Leaks > 0:
+		return &exitError{status: checkLeaks}
+	}
+	return nil
+}
+
+// finding prints one inconsistency.
+func (c *checking) finding(f qcow2.Finding) {
+	prefix := ""
+	if f.Named {
+		prefix = "platter: "
+	}
+	fmt.Fprintf(c.cmd.ErrOrStderr(), "%s%s\n", prefix, f.Message)
+}
+
+// printCheck prints the summary for people.
+func printCheck(out io.Writer, r *qcow2.CheckResult) {
+	if r.CorruptionsFixed+r.LeaksFixed > 0 {
+		fmt.Fprintf(out, "The following inconsistencies were found and repaired:\n\n"+
+			"    %d leaked clusters\n    %d corruptions\n\nDouble checking the fixed image now...\n",
+			r.LeaksFixed, r.CorruptionsFixed)
+	}
+	if r.Clean() {
+		fmt.Fprintln(out, "No errors were found on the image.")
+	}
+	if r.Corruptions > 0 {
+		fmt.Fprintf(out, "\n%d errors were found on the image.\n"+
+			"Data may be corrupted, or further writes to the image may corrupt it.\n", r.Corruptions)
+	}
+	if r.Leaks > 0 {
+		fmt.Fprintf(out, "\n%d leaked clusters were found on the image.\n"+
+			"This means waste of disk space, but no harm to data.\n", r.Leaks)
+	}
+	if r.CheckErrors > 0 {
+		fmt.Fprintf(out, "\n%d internal errors have occurred during the check.\n", r.CheckErrors)
+	}
+	if r.Collisions > 0 {
+		fmt.Fprintf(out, "\n%d clusters are used by two owners that must not share one.\n", r.Collisions)
+	}
+	if r.TotalClusters > 0 && r.AllocatedClusters > 0 {
+		percent := func(part, whole int64) float64 { return float64(part) * 100 / float64(whole) }
+		fmt.Fprintf(out, "%d/%d = %.2f%% allocated, %.2f%% fragmented, %.2f%% compressed clusters\n",
+			r.AllocatedClusters, r.TotalClusters, percent(r.AllocatedClusters, r.TotalClusters),
+			percent(r.Fragmented, r.AllocatedClusters), percent(r.Compressed, r.AllocatedClusters))
+	}
+	if r.ImageEndOffset > 0 {
+		fmt.Fprintf(out, "Image end offset: %d\n", r.ImageEndOffset)
+	}
+}

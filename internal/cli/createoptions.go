@@ -1,0 +1,257 @@
+package cli
+
+import (
+	"fmt"
+	"io"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/platter-disk/platter/block"
+	"github.com/platter-disk/platter/format/qcow2"
+	"github.com/platter-disk/platter/image"
+	"github.com/platter-disk/platter/image/gate"
+)
+
+// optionKind says what the value of a creation option looks like.
+type optionKind uint8
+
+const (
+	optionString optionKind = iota
+	optionSize
+	optionSwitch
+	optionNumber
+)
+
+var optionKindNames = [...]string{"<str>", "<size>", "<bool (on/off)>", "<num>"}
+
+// optionSpec describes a creation option.
+type optionSpec struct {
+	name     string
+	kind     optionKind
+	fallback string // shown in the "Formatting" line where the option is not given; "" hides it
+	help     string
+}
+
+// createSpecs returns the creation options of a format, in the order in which qemu-img prints their values;
+// ok is false for an unknown format.
+func createSpecs(format string) (specs []optionSpec, ok bool) {
+	switch format {
+	case "qcow2":
+		return []optionSpec{
+			{"cluster_size", optionSize, "65536", "qcow2 cluster size"},
+			{"extended_l2", optionSwitch, "off", "Extended L2 tables"},
+			{"preallocation", optionString, "", "Preallocation mode (allowed values: off, metadata, falloc, full)"},
+			{"compression_type", optionString, "zlib", "Compression method used for image cluster compression"},
+			{"size", optionSize, "", "Virtual disk size"},
+			{"compat", optionString, "", "Compatibility level (v2 [0.10] or v3 [1.1])"},
+			{"backing_file", optionString, "", "File name of a base image"},
+			{"backing_fmt", optionString, "", "Image format of the base image"},
+			{"data_file", optionString, "", "File name of an external data file"},
+			{"data_file_raw", optionSwitch, "", "The external data file must stay valid as a raw image"},
+			{"lazy_refcounts", optionSwitch, "off", "Postpone refcount updates"},
+			{"refcount_bits", optionNumber, "16", "Width of a reference count entry in bits"},
+			{"nocow", optionSwitch, "", "Turn off copy-on-write (valid only on btrfs)"},
+		}, true
+	case "raw":
+		return []optionSpec{
+			{"size", optionSize, "", "Virtual disk size"},
+			{"nocow", optionSwitch, "", "Turn off copy-on-write (valid only on btrfs)"},
+			{"preallocation", optionString, "", "Preallocation mode (allowed values: off, falloc, full)"},
+		}, true
+	default:
+		return nil, false
+	}
+}
+
+// createValues are the creation options that a command line gives, by name, in their canonical spelling:
+// sizes in bytes, switches on or off.
+type createValues struct {
+	format string
+	specs  []optionSpec
+	values map[string]string
+}
+
+func newCreateValues(format string) (*createValues, error) {
+	specs, ok := createSpecs(format)
+	if !ok {
+		return nil, fmt.Errorf("Unknown file format '%s'", format)
+	}
+	return &createValues{format: format, specs: specs, values: map[string]string{}}, nil
+}
+
+func (c *createValues) spec(name string) *optionSpec {
+	for i := range c.specs {
+		if c.specs[i].name == name {
+			return &c.specs[i]
+		}
+	}
+	return nil
+}
+
+// has tells whether the format knows an option.
+func (c *createValues) has(name string) bool { return c.spec(name) != nil }
+
+// set checks and stores an option; the last of several counts.
+func (c *createValues) set(p parameter) error {
+	spec := c.spec(p.name)
+	if spec == nil {
+		return fmt.Errorf("Invalid parameter '%s'", p.name)
+	}
+	value := p.value
+	switch spec.kind {
+	case optionSize:
+		n, err := sizeParameter(p.name, value)
+		if err != nil {
+			return err
+		}
+		value = fmt.Sprint(n)
+	case optionSwitch:
+		switch value {
+		case "on", "yes", "true", "y":
+			value = "on"
+		case "off", "no", "false", "n":
+			value = "off"
+		default:
+			return fmt.Errorf("Parameter '%s' expects 'on' or 'off'", p.name)
+		}
+	case optionNumber:
+		if _, err := strconv.ParseInt(value, 0, 32); err != nil {
+			return fmt.Errorf("Parameter '%s' expects a number", p.name)
+		}
+	}
+	c.values[p.name] = value
+	return nil
+}
+
+// fill stores what a command line of create gives: the size in bytes, if any, the -o options, -b and -F.
+func (c *createValues) fill(size []string, params []parameter, backing, backingFormat string) error {
+	for _, p := range params {
+		if err := c.set(p); err != nil {
+			return err
+		}
+	}
+	if len(size) > 0 {
+		if _, twice := c.values["size"]; twice {
+			return fmt.Errorf("The image size must be specified only once")
+		}
+		c.values["size"] = size[0]
+	}
+	return c.setBacking(backing, backingFormat)
+}
+
+// setBacking stores what -b and -F say.
+func (c *createValues) setBacking(file, format string) error {
+	if file != "" {
+		if !c.has("backing_file") {
+			return fmt.Errorf("Backing file not supported for file format '%s'", c.format)
+		}
+		c.values["backing_file"] = file
+	}
+	if format != "" {
+		if !c.has("backing_fmt") {
+			return fmt.Errorf("Backing file format not supported for file format '%s'", c.format)
+		}
+		c.values["backing_fmt"] = format
+	}
+	return nil
+}
+
+func (c *createValues) get(name string) string { return c.values[name] }
+
+// number returns the value of a size or number, 0 where it is not given.
+func (c *createValues) number(name string) int64 {
+	n, err := strconv.ParseInt(c.values[name], 0, 64)
+	if err != nil {
+		return 0 // not given: set refuses what is no number
+	}
+	return n
+}
+
+func (c *createValues) on(name string) bool { return c.values[name] == "on" }
+
+// options are the values as package image takes them. A size that is not given is negative.
+func (c *createValues) options(g gate.Gate) (image.CreateOptions, error) {
+	o := image.CreateOptions{
+		CreateOptions: qcow2.CreateOptions{
+			Size:            -1,
+			ClusterSize:     c.number("cluster_size"),
+			RefcountBits:    int(c.number("refcount_bits")),
+			ExtendedL2:      c.on("extended_l2"),
+			CompressionType: c.get("compression_type"),
+			BackingFile:     c.get("backing_file"),
+			BackingFormat:   c.get("backing_fmt"),
+			DataFileName:    c.get("data_file"),
+			DataFileRaw:     c.on("data_file_raw"),
+			LazyRefcounts:   c.on("lazy_refcounts"),
+		},
+		NoCoW: c.on("nocow"),
+		Gate:  g,
+	}
+	if _, given := c.values["size"]; given {
+		o.Size = c.number("size")
+	}
+	if compat, given := c.values["compat"]; given {
+		switch compat {
+		case "v2", "0.10":
+			o.Version = 2
+		case "v3", "1.1":
+			o.Version = 3
+		default:
+			return o, fmt.Errorf("Parameter 'version' does not accept value '%s'", compat)
+		}
+	}
+	if prealloc, given := c.values["preallocation"]; given {
+		var err error
+		if o.Preallocation, err = block.ParsePreallocation(prealloc); err != nil {
+			return o, fmt.Errorf("Parameter 'preallocation' does not accept value '%s'", prealloc)
+		}
+	}
+	// Package qcow2 takes a zero for "not given".
+	_, clusterSize := c.values["cluster_size"]
+	_, refcountBits := c.values["refcount_bits"]
+	switch {
+	case clusterSize && o.ClusterSize == 0:
+		return o, fmt.Errorf("Cluster size must be a power of two between 512 and 2048k")
+	case refcountBits && o.RefcountBits == 0:
+		return o, fmt.Errorf("Refcount width must be a power of two and may not exceed 64 bits")
+	case o.BackingFile == "" && o.BackingFormat != "":
+		return o, fmt.Errorf("Backing format cannot be used without backing file")
+	}
+	return o, nil
+}
+
+// String lists the options as the "Formatting" line does, defaults included.
+func (c *createValues) String() string {
+	var b strings.Builder
+	for _, s := range c.specs {
+		value, given := c.values[s.name]
+		if !given {
+			value = s.fallback
+		}
+		if value != "" {
+			fmt.Fprintf(&b, " %s=%s", s.name, quoteCommas(value))
+		}
+	}
+	return b.String()
+}
+
+// wantsOptionHelp tells whether -o help is among the option lists.
+func wantsOptionHelp(lists []string) bool {
+	_, help, err := parseOptionLists(lists)
+	return help && err == nil
+}
+
+// printCreateHelp answers -o help.
+func printCreateHelp(out io.Writer, format string) error {
+	specs, ok := createSpecs(format)
+	if !ok {
+		return fmt.Errorf("Unknown file format '%s'", format)
+	}
+	fmt.Fprintf(out, "Supported %s options:\n", format)
+	slices.SortFunc(specs, func(a, b optionSpec) int { return strings.Compare(a.name, b.name) })
+	for _, s := range specs {
+		fmt.Fprintf(out, "  %-22s - %s\n", s.name+"="+optionKindNames[s.kind], s.help)
+	}
+	return nil
+}

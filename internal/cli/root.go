@@ -1,0 +1,129 @@
+// Package cli is the program: it parses command lines, calls the packages below and prints. It knows no byte
+// of any disk format.
+//
+// One file holds one command (create.go, info.go …). What several commands share lies beside them:
+//
+//	open.go          opening images as the flags say (-f, --image-opts, -U, --references, -t)
+//	createoptions.go the -o options of the formats
+//	size.go          sizes as qemu-img reads and prints them
+//	progress.go      progress bars and their other forms
+//	errors.go        exit statuses, and errors in the words of qemu-img
+//
+// Where qemu-img has a command of the same name, its flags, output, exit statuses and error texts are those
+// of qemu-img, with platter in place of its name.
+package cli
+
+import (
+	"context"
+	"io"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"syscall"
+
+	"github.com/spf13/cobra"
+)
+
+const (
+	groupImages = "images"
+	groupUse    = "use"
+)
+
+// Main runs the program with its arguments, without the program's name, and returns its exit status.
+// SIGINT and SIGTERM cancel the context of the command; a second one ends the process at once.
+func Main(args []string) int {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	context.AfterFunc(ctx, stop)
+	return run(ctx, args, os.Stdout, os.Stderr)
+}
+
+// run is Main with its surroundings given.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	root := New()
+	root.SetArgs(protectNegativeSize(args))
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	return report(stderr, root.ExecuteContext(ctx))
+}
+
+// New builds the tree of commands.
+func New() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "platter",
+		Short: "Create, inspect, copy and serve virtual disks",
+		Long: `Platter keeps virtual disks in image files (qcow2, raw), and serves them to virtual
+machines and other NBD clients. It never loses what a guest was told is safe.
+
+Its commands take the flags of qemu-img where qemu-img has the same command, so
+scripts move over unchanged.`,
+		Example: `  platter create -f qcow2 disk.qcow2 10G      a new, empty disk that grows as it is written
+  platter info disk.qcow2                     what kind of disk a file holds
+  platter convert -O qcow2 disk.img d.qcow2   the same disk in another format
+  platter check disk.qcow2                    is everything in order?
+  platter serve disk.qcow2                    use it: prints the address for a guest or client`,
+		Version:       version(),
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		Args:          cobra.ArbitraryArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return unknownCommand(cmd, args[0])
+			}
+			return cmd.Help()
+		},
+	}
+	root.Flags().BoolP("version", "V", false, "print the version and exit")
+	root.SetVersionTemplate("platter version {{.Version}}\n")
+	root.SetFlagErrorFunc(flagError)
+	root.AddGroup(
+		&cobra.Group{ID: groupImages, Title: "Image files:"},
+		&cobra.Group{ID: groupUse, Title: "Disks in use:"},
+	)
+	root.SetHelpCommandGroupID(groupUse)
+	root.SetCompletionCommandGroupID(groupUse)
+	add := func(group string, cmds ...*cobra.Command) {
+		for _, c := range cmds {
+			c.GroupID = group
+			root.AddCommand(c)
+		}
+	}
+	add(groupImages,
+		newCreateCommand(),
+		newInfoCommand(),
+		newMapCommand(),
+		newCheckCommand(),
+		newConvertCommand(),
+		newCompareCommand(),
+		newResizeCommand(),
+	)
+	add(groupUse,
+		newServeCommand(),
+		newIOCommand(),
+		newBenchCommand(),
+	)
+	return root
+}
+
+// version is the module version that the program was built from.
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok || info.Main.Version == "" {
+		return "(devel)"
+	}
+	return info.Main.Version
+}
+
+// protectNegativeSize puts "--" before the last argument of resize when it is a size like -1G, which would
+// otherwise be taken for flags.
+func protectNegativeSize(args []string) []string {
+	if len(args) < 3 || args[0] != "resize" {
+		return args
+	}
+	last := args[len(args)-1]
+	if len(last) < 2 || last[0] != '-' || last[1] < '0' || last[1] > '9' || args[len(args)-2] == "--" {
+		return args
+	}
+	out := append([]string{}, args[:len(args)-1]...)
+	return append(out, "--", last)
+}

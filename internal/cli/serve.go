@@ -1,0 +1,370 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/platter-disk/platter/image"
+	"github.com/platter-disk/platter/nbd"
+	"github.com/platter-disk/platter/nbd/server"
+)
+
+// shutdownLimit is how long clients may take, once the server was told to end, to accept the replies they
+// are owed. After it their connections are cut.
+const shutdownLimit = 30 * time.Second
+
+// serveFlags are the flags of serve.
+type serveFlags struct {
+	open    openFlags
+	tls     serveTLS
+	sockets listenFlags
+
+	exports    []string
+	readOnly   bool
+	discipline string
+	cache      string
+	discard    string
+	create     string
+	control    string
+	l2Cache    string
+	maxConns   int
+	maxRequest string
+	verbose    bool
+}
+
+func newServeCommand() *cobra.Command {
+	f := &serveFlags{}
+	cmd := &cobra.Command{
+		Use:   "serve [flags] IMAGE...",
+		Short: "Serve disks to virtual machines and other NBD clients",
+		Long: `Serve disks to virtual machines and other clients of the NBD protocol (Network Block
+Device): QEMU, libnbd, nbdcopy, fio, the Linux kernel.
+
+When clients can connect, one line is printed on standard output: the URI of the disk.
+Everything else is printed on standard error. SIGTERM or Ctrl-C ends the server: it
+finishes the requests it has begun, makes everything durable, leaves the images clean
+and exits with status 0. A second signal ends it at once.
+
+Clients connect to a Unix socket (--socket), over TCP (--listen), or both. With
+neither, a Unix socket is made in a new directory that only you can enter; or the
+sockets are used that systemd passes (socket activation).
+
+Several images are served under their base names, or the names given with --export,
+one for each image in the same order. A client that names no export gets the first.`,
+		Example: `  platter serve disk.qcow2
+  platter serve --create 10G --socket /run/disk.sock disk.qcow2
+  platter serve --listen 127.0.0.1:10809 --read-only a.qcow2 b.qcow2
+  platter serve --listen :10809 --tls-certificate cert.pem --tls-key key.pem --tls-required disk.qcow2`,
+		Args: cobra.ArbitraryArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return f.run(cmd, args)
+		},
+	}
+	f.open.register(cmd, "format of the images; guessed when not given")
+	fs := cmd.Flags()
+	f.open.registerShare(fs)
+	fs.StringVar(&f.sockets.socket, "socket", "", "listen on a Unix socket at this path")
+	fs.StringVar(&f.sockets.tcp, "listen", "", "listen on TCP at HOST:PORT; an empty HOST is every address")
+	fs.StringArrayVar(&f.exports, "export", nil, "name of the export; once for each image (default: no name for\na single image, else the base name)")
+	fs.BoolVarP(&f.readOnly, "read-only", "r", false, "refuse every change")
+	fs.StringVar(&f.discipline, "discipline", "", "how metadata becomes durable (default: the format's own)")
+	fs.StringVar(&f.cache, "cache", "writeback", "writeback, none (past the page cache, O_DIRECT) or writethrough\n(every change durable before it is acknowledged)")
+	completeWith(cmd, "cache", "writeback", "none", "writethrough")
+	fs.StringVar(&f.discard, "discard", "unmap", "what to do with space that a client discards: unmap (give it\nback to the file system) or ignore")
+	completeWith(cmd, "discard", "unmap", "ignore")
+	fs.StringVar(&f.create, "create", "", "make a disk of this size where the image does not exist (qcow2,\nunless --format says otherwise)")
+	fs.StringVar(&f.l2Cache, "l2-cache-size", "", "memory for the tables of each image (default: by the disk's size)")
+	fs.StringVar(&f.control, "control", "", "accept commands on a Unix socket at this path: HTTP with JSON,\nGET /status, POST /flush, POST /quit")
+	fs.IntVar(&f.maxConns, "max-connections", 128, "connections at a time; further ones are closed at once")
+	fs.StringVar(&f.maxRequest, "max-request", "32M", "largest read or write of a client, 64k to 1G")
+	fs.BoolVarP(&f.verbose, "verbose", "v", false, "log every connection and every refused request")
+	f.tls.register(fs)
+	return cmd
+}
+
+// export is an image that is served, and under which name.
+type export struct {
+	name  string
+	image *image.Image
+}
+
+func (f *serveFlags) run(cmd *cobra.Command, args []string) (err error) {
+	config, options, err := f.parse(cmd, args)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(cmd.Context())
+	defer cancel()
+
+	exports, err := f.openImages(ctx, cmd, args, options)
+	defer func() {
+		for _, e := range exports {
+			if cerr := e.image.Close(); cerr != nil {
+				err = errors.Join(err, fmt.Errorf("closing '%s': %w", e.image.Name(), cerr))
+			}
+		}
+	}()
+	if err != nil {
+		return err
+	}
+	srv, err := server.New(config)
+	if err != nil {
+		return err
+	}
+	for i, e := range exports {
+		if err := srv.AddExport(server.Export{
+			Name:           e.name,
+			Default:        i == 0,
+			Description:    filepath.Base(e.image.Name()),
+			Device:         e.image,
+			ReadOnly:       f.readOnly,
+			PreferredBlock: preferredBlock(e.image.Limits().Preferred),
+		}); err != nil {
+			return err
+		}
+	}
+	listeners, cleanup, err := f.sockets.listen()
+	defer cleanup()
+	if err != nil {
+		return err
+	}
+	var control net.Listener
+	if f.control != "" {
+		if control, err = listenControl(f.control); err != nil {
+			closeAll(listeners)
+			return err
+		}
+	}
+
+	var work errgroup.Group
+	for _, l := range listeners {
+		work.Go(func() error {
+			err := srv.Serve(ctx, l)
+			cancel() // one socket failed, or all are to end
+			if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
+				return nil
+			}
+			return err
+		})
+	}
+	if control != nil {
+		c := &controller{server: srv, exports: exports, quit: cancel}
+		work.Go(func() error {
+			defer cancel()
+			return c.serve(ctx, control)
+		})
+	}
+	announce(cmd, listeners, exports, f.tls.required)
+
+	<-ctx.Done()
+	config.Logger.Info("ending: finishing requests, flushing, closing")
+	limit, stop := context.WithTimeout(context.WithoutCancel(ctx), shutdownLimit)
+	defer stop()
+	if err := srv.Shutdown(limit); err != nil {
+		config.Logger.Warn("connections were cut", "after", shutdownLimit, "error", err)
+	}
+	return work.Wait()
+}
+
+// parse turns the flags into what the packages below want.
+func (f *serveFlags) parse(cmd *cobra.Command, args []string) (server.Config, image.Options, error) {
+	level := slog.LevelInfo
+	if f.verbose {
+		level = slog.LevelDebug
+	}
+	config := server.Config{
+		Logger:         slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: level})),
+		MaxConnections: f.maxConns,
+	}
+	options := image.Options{
+		ReadOnly:   f.readOnly,
+		Discipline: f.discipline,
+		Discard:    f.discard == "unmap",
+	}
+	fail := func(err error) (server.Config, image.Options, error) { return config, options, err }
+	if len(args) == 0 {
+		return fail(usagef(cmd, "Expecting one or more image file names"))
+	}
+	if err := f.open.check(cmd); err != nil {
+		return fail(err)
+	}
+	if n := len(f.exports); n > 0 && n != len(args) {
+		return fail(usagef(cmd, "%d --export for %d images: give one for each, or none", n, len(args)))
+	}
+	mode, ok := parseCache(f.cache)
+	if !ok || mode.unsafe {
+		return fail(usagef(cmd, "--cache must be used with writeback, none or writethrough as argument"))
+	}
+	options = mode.apply(options)
+	if f.discard != "unmap" && f.discard != "ignore" {
+		return fail(usagef(cmd, "--discard must be used with unmap or ignore as argument"))
+	}
+	if f.maxConns < 1 {
+		return fail(usagef(cmd, "--max-connections must be at least 1"))
+	}
+	maxRequest, err := sizeArgument("--max-request", f.maxRequest)
+	if err != nil {
+		return fail(err)
+	}
+	if maxRequest < 64<<10 || maxRequest > 1<<30 {
+		return fail(usagef(cmd, "--max-request must be between 64k and 1G"))
+	}
+	config.MaxRequest = int(maxRequest)
+	config.MaxBytesPerClient = max(64<<20, maxRequest)
+	config.MaxBytes = max(512<<20, maxRequest)
+	if f.l2Cache != "" {
+		if options.L2CacheSize, err = sizeArgument("--l2-cache-size", f.l2Cache); err != nil {
+			return fail(err)
+		}
+	}
+	if f.create != "" && f.readOnly {
+		return fail(usagef(cmd, "--create and --read-only are mutually exclusive"))
+	}
+	config.TLS, config.TLSConfig, err = f.tls.config(cmd)
+	return config, options, err
+}
+
+// openImages opens the images, making those that are to be made. The images it returns are open even when
+// it also returns an error.
+func (f *serveFlags) openImages(ctx context.Context, cmd *cobra.Command, names []string, o image.Options) ([]export, error) {
+	exports := make([]export, 0, len(names))
+	for i, name := range names {
+		if err := f.createMissing(ctx, cmd, name); err != nil {
+			return exports, err
+		}
+		img, err := f.open.open(ctx, name, o)
+		if err != nil {
+			return exports, err
+		}
+		if !f.readOnly {
+			warnProbedRaw(cmd, img)
+		}
+		e := export{image: img}
+		switch {
+		case len(f.exports) > 0:
+			e.name = f.exports[i]
+		case len(names) > 1:
+			e.name = filepath.Base(name)
+		}
+		exports = append(exports, e)
+	}
+	return exports, nil
+}
+
+// createMissing makes the disk that --create asks for, unless it exists.
+func (f *serveFlags) createMissing(ctx context.Context, cmd *cobra.Command, name string) error {
+	if f.create == "" || f.open.imageOpts || nbd.IsURI(name) {
+		return nil
+	}
+	size, err := sizeArgument("image size", f.create)
+	if err != nil {
+		return err
+	}
+	if _, err := os.Lstat(name); !errors.Is(err, fs.ErrNotExist) {
+		return nil // it exists, or opening it will say what is wrong
+	}
+	format := f.open.format
+	if format == "" {
+		format = "qcow2"
+	}
+	g, err := f.open.gate()
+	if err != nil {
+		return err
+	}
+	o := image.CreateOptions{Gate: g}
+	o.Size = size
+	if err := image.Create(ctx, format, name, o); err != nil {
+		return err
+	}
+	fmt.Fprintf(cmd.ErrOrStderr(), "platter: created '%s' (%s, %s)\n", name, format, formatSize(size))
+	return nil
+}
+
+// preferredBlock is what clients are told to prefer: the format's own unit within what is sensible for a
+// client, which may use it to align caches and buffers.
+func preferredBlock(unit int64) int {
+	return int(min(max(unit, 4096), 1<<20))
+}
+
+// listenFlags say where clients connect.
+type listenFlags struct {
+	socket, tcp string
+}
+
+// listen opens the sockets. cleanup is to be called when the listeners are closed; it is never nil.
+func (f *listenFlags) listen() (listeners []net.Listener, cleanup func(), err error) {
+	cleanup = func() {}
+	defer func() {
+		if err != nil {
+			closeAll(listeners)
+			listeners = nil
+		}
+	}()
+	if f.socket == "" && f.tcp == "" {
+		if listeners, err = server.ActivationListeners(); err != nil || len(listeners) > 0 {
+			return listeners, cleanup, err
+		}
+		dir, err := os.MkdirTemp("", "platter-")
+		if err != nil {
+			return nil, cleanup, err
+		}
+		cleanup = func() { os.RemoveAll(dir) }
+		f.socket = filepath.Join(dir, "nbd.sock")
+	}
+	for _, a := range []struct{ network, address string }{{"unix", f.socket}, {"tcp", f.tcp}} {
+		if a.address == "" {
+			continue
+		}
+		l, err := server.Listen(a.network, a.address)
+		if err != nil {
+			return listeners, cleanup, err
+		}
+		listeners = append(listeners, l)
+	}
+	return listeners, cleanup, nil
+}
+
+func closeAll(listeners []net.Listener) {
+	for _, l := range listeners {
+		l.Close()
+	}
+}
+
+// announce prints the URI of the first export on the first socket, the line that scripts wait for. The other
+// ways to connect follow on standard error.
+func announce(cmd *cobra.Command, listeners []net.Listener, exports []export, secure bool) {
+	var out io.Writer = cmd.OutOrStdout()
+	for _, e := range exports {
+		for _, l := range listeners {
+			fmt.Fprintln(out, exportURI(l.Addr(), e.name, secure))
+			out = cmd.ErrOrStderr()
+		}
+	}
+}
+
+// exportURI is the address of an export as NBD clients read it.
+func exportURI(addr net.Addr, name string, secure bool) string {
+	u := nbd.URI{Network: "tcp", Address: addr.String(), Export: name, TLS: secure}
+	if addr.Network() == "unix" {
+		u.Network = "unix"
+		if abs, err := filepath.Abs(u.Address); err == nil && u.Address != "" && u.Address[0] != '@' {
+			u.Address = abs
+		}
+	} else if host, port, err := net.SplitHostPort(u.Address); err == nil {
+		if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
+			u.Address = net.JoinHostPort("localhost", port)
+		}
+	}
+	return u.String()
+}

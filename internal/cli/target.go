@@ -1,0 +1,135 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/platter-disk/platter/image"
+	"github.com/platter-disk/platter/jobs"
+	"github.com/platter-disk/platter/storage"
+)
+
+// target is the image that convert writes.
+type target struct {
+	cmd   *cobra.Command
+	flags *convertFlags
+	plan  *plan
+	img   *image.Image
+
+	created []string // files that were not there before, to be removed when the copy fails
+	touched bool     // a file that was there before no longer holds what it did
+}
+
+// prepare creates the target, unless it exists, and opens it. size is that of the source in bytes.
+func (t *target) prepare(ctx context.Context, size int64) error {
+	f, p := t.flags, t.plan
+	opened := f.open
+	opened.imageOpts, opened.forceShare, opened.format = f.targetOpts, false, f.format()
+	if f.targetOpts {
+		opened.format = ""
+	}
+	if p.create != nil {
+		if err := t.create(ctx, size); err != nil {
+			return fmt.Errorf("%s: error while converting %s: %w", p.destination, p.create.format, withoutName(err, p.destination))
+		}
+	}
+	img, err := opened.open(ctx, p.destination, p.target.apply(image.Options{}))
+	if err != nil {
+		return err
+	}
+	t.img = img
+	switch {
+	case img.Size() < size:
+		return fmt.Errorf("output file is smaller than input file")
+	case f.compress && !img.Limits().Compress:
+		return fmt.Errorf("Compression not supported for this file format")
+	case f.targetIsZero && len(img.Chain()) > 1:
+		return fmt.Errorf("Cannot use --target-is-zero when the destination image has a backing file")
+	}
+	t.touched = t.touched || p.create == nil
+	return nil
+}
+
+func (t *target) create(ctx context.Context, size int64) error {
+	p := t.plan
+	// The size of the copy is that of the source, whatever -o says.
+	p.create.values["size"] = fmt.Sprint(size)
+	names := []string{p.destination}
+	if data := p.create.get("data_file"); data != "" {
+		names = append(names, data)
+	}
+	for _, name := range names {
+		if _, err := os.Lstat(name); errors.Is(err, os.ErrNotExist) {
+			t.created = append(t.created, name)
+		}
+	}
+	err := createImage(ctx, &t.flags.open, p.create, p.destination, false, io.Discard)
+	if errors.Is(err, storage.ErrLocked) {
+		t.created = nil // somebody else made it in the meantime
+	}
+	t.touched = err == nil && len(t.created) == 0
+	return err
+}
+
+// describe tells the job what is known about the target. chain is the backing chain of the source, nil when
+// there are several sources.
+func (t *target) describe(o *jobs.ConvertOptions, chain []image.Layer) {
+	layers := t.img.Chain()
+	o.TargetIsZero = t.flags.targetIsZero
+	overlay := t.flags.backing != ""
+	if t.plan.create != nil && len(layers) > 1 {
+		overlay = true
+		o.TargetBackingSize = layers[1].Size
+	}
+	if !overlay || len(layers) < 2 || len(chain) < 2 {
+		return
+	}
+	// What the source has from the target's backing file need not be copied. Unless that file is found deeper
+	// down the source's chain, it is taken for a copy of the source's own backing file.
+	o.SkipDepth = 1
+	for depth := 1; depth < len(chain); depth++ {
+		if sameFile(chain[depth].Name, layers[1].Name) {
+			o.SkipDepth = depth
+		}
+	}
+}
+
+// sameFile tells whether two names lead to one file.
+func sameFile(a, b string) bool {
+	if a == b {
+		return true
+	}
+	x, err := os.Stat(a)
+	if err != nil {
+		return false
+	}
+	y, err := os.Stat(b)
+	return err == nil && os.SameFile(x, y)
+}
+
+// finish closes the target after the copy ended with err, and leaves no half copy behind unannounced.
+func (t *target) finish(err error) error {
+	if t.img != nil {
+		// After a failed copy closing fails, too, and for the same reason.
+		if cerr := t.img.Close(); err == nil {
+			err = cerr
+		}
+	}
+	if err == nil {
+		return nil
+	}
+	for _, name := range t.created {
+		if rerr := os.Remove(name); rerr != nil && !errors.Is(rerr, os.ErrNotExist) {
+			warn(t.cmd, "'%s' holds an unfinished copy and cannot be removed: %v", name, rerr)
+		}
+	}
+	if t.touched {
+		warn(t.cmd, "'%s' holds an unfinished copy", t.plan.destination)
+	}
+	return err
+}
