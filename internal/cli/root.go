@@ -101,6 +101,7 @@ scripts move over unchanged.`,
 		newServeCommand(),
 		newIOCommand(),
 		newBenchCommand(),
+		newCrashlabCommand(),
 	)
 	return root
 }
