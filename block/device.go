@@ -86,7 +86,7 @@ type Limits struct {
 	ReadOnly  bool
 	Preferred int64 // bytes: the unit that is written whole without copying anything up (cluster size); a power of two >= 512
 	Compress  bool  // WriteCompressed works
-	ZeroInit  bool  // the device read as zeros when it was opened and nothing was ever written to it
+	ZeroInit  bool  // the device read as zeros when it was opened
 }
 
 // ZeroFlags modify Device.WriteZeroes.

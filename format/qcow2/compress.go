@@ -280,7 +280,10 @@ func (im *Image) WriteCompressed(p []byte, off int64) error {
 // linkCompressed stores a stream and maps a cluster to it.
 func (im *Image) linkCompressed(stream []byte, off guestOff) error {
 	g := &im.geo
-	hold := im.lockClusters(off, g.clusterSize)
+	hold, err := im.lockClusters(off, g.clusterSize)
+	if err != nil {
+		return err
+	}
 	defer im.locks.unlock(hold)
 	if err := im.ownL2(off); err != nil {
 		return err

@@ -20,9 +20,11 @@ func (im *Image) Extents(off, length int64, fn func(block.Extent) bool) error {
 func (im *Image) extents(off, length int64, fn func(block.Extent) bool) error {
 	var runs []block.Extent
 	for length > 0 {
-		var err error
 		n := min(length, extentWindow)
-		hold := im.locks.lock(off, off+n, false)
+		hold, err := im.hold(off, off+n, false)
+		if err != nil {
+			return err
+		}
 		runs, n, err = im.collectExtents(runs[:0], guestOff(off), n)
 		im.locks.unlock(hold)
 		if err != nil {

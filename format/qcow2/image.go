@@ -68,6 +68,7 @@ type Image struct {
 	failure  atomic.Pointer[error]
 	closed   atomic.Bool
 
+	zeroInit bool       // the disk read as zeros when it was opened
 	resizing sync.Mutex // one Resize at a time
 
 	mu          sync.Mutex // guards what follows, and the words of all tables
@@ -188,6 +189,7 @@ func (im *Image) openTables(fileSize int64) error {
 		t.words[i] = binary.BigEndian.Uint64(raw[i*8:])
 	}
 	im.l1.Store(t)
+	im.zeroInit = im.backing == nil && !slices.ContainsFunc(t.words, func(w uint64) bool { return w != 0 })
 	limit := im.opts.L2CacheSize
 	if limit <= 0 {
 		limit = DefaultL2CacheSize
@@ -224,7 +226,7 @@ func (im *Image) Size() int64 { return im.size.Load() }
 
 // Limits describes the image to those who plan requests for it.
 func (im *Image) Limits() block.Limits {
-	return block.Limits{ReadOnly: im.opts.ReadOnly, Preferred: im.geo.clusterSize, Compress: !im.opts.ReadOnly && !im.geo.dataFile}
+	return block.Limits{ReadOnly: im.opts.ReadOnly, Preferred: im.geo.clusterSize, Compress: !im.opts.ReadOnly && !im.geo.dataFile, ZeroInit: im.zeroInit}
 }
 
 // Header returns a copy of the image's header.
@@ -236,11 +238,8 @@ func (im *Image) Header() Header {
 
 // Flush makes every request that completed before the call durable.
 func (im *Image) Flush() error {
-	if im.closed.Load() {
-		return im.errClosed()
-	}
-	if im.opts.ReadOnly {
-		return nil
+	if err := im.errIfClosed(); err != nil || im.opts.ReadOnly {
+		return err
 	}
 	return im.flush()
 }
@@ -283,12 +282,29 @@ func (im *Image) Close() error {
 	return err
 }
 
+// hold locks a range of the disk for a request. Close waits for holders; nobody holds anything after it.
+func (im *Image) hold(from, to int64, exclusive bool) (rangeHold, error) {
+	h := im.locks.lock(from, to, exclusive)
+	if err := im.errIfClosed(); err != nil {
+		im.locks.unlock(h)
+		return rangeHold{}, err
+	}
+	return h, nil
+}
+
+func (im *Image) errIfClosed() error {
+	if im.closed.Load() {
+		return im.errClosed()
+	}
+	return nil
+}
+
 func (im *Image) errClosed() error { return fmt.Errorf("%s: %w", im.file.Name(), block.ErrClosed) }
 
 // checkRequest refuses what cannot be served at all.
 func (im *Image) checkRequest(op string, off, length int64) error {
-	if im.closed.Load() {
-		return im.errClosed()
+	if err := im.errIfClosed(); err != nil {
+		return err
 	}
 	return block.CheckRange(op, off, length, im.size.Load())
 }

@@ -19,8 +19,11 @@ func (im *Image) ReadAt(p []byte, off int64) (int, error) {
 		return 0, err
 	}
 	if len(p) > 0 {
-		hold := im.locks.lock(off, off+int64(len(p)), false)
-		err := im.readHeld(p, guestOff(off))
+		hold, err := im.hold(off, off+int64(len(p)), false)
+		if err != nil {
+			return 0, err
+		}
+		err = im.readHeld(p, guestOff(off))
 		im.locks.unlock(hold)
 		if err != nil {
 			return 0, err
@@ -122,7 +125,10 @@ func (im *Image) TryReadAt(p []byte, off int64) error {
 	if !ok {
 		return block.ErrWouldBlock
 	}
-	err := im.tryReadHeld(p, guestOff(off))
+	err := im.errIfClosed()
+	if err == nil {
+		err = im.tryReadHeld(p, guestOff(off))
+	}
 	im.locks.unlock(hold)
 	if errors.Is(err, storage.ErrWouldBlock) {
 		return block.ErrWouldBlock

@@ -82,8 +82,11 @@ func (im *Image) prepareGrown(off guestOff, n int64, prealloc block.Preallocatio
 			return fmt.Errorf("%s: data file: %w", im.file.Name(), err)
 		}
 	}
-	if b := im.backed(off, n); b > 0 {
-		if err := im.hideBacking(off, b); err != nil {
+	// A longer backing file shows through there, and an earlier, larger disk may have left entries.
+	if zero, err := im.readsZero(int64(off), n); err != nil {
+		return err
+	} else if !zero {
+		if err := im.zeroGrown(off, n); err != nil {
 			return err
 		}
 	}
@@ -96,8 +99,8 @@ func (im *Image) prepareGrown(off guestOff, n int64, prealloc block.Preallocatio
 	return im.preallocate(off, n, prealloc)
 }
 
-// hideBacking makes a range past the end of the disk read as zeros although the backing file has it.
-func (im *Image) hideBacking(off guestOff, n int64) error {
+// zeroGrown makes a range past the end of the disk read as zeros.
+func (im *Image) zeroGrown(off guestOff, n int64) error {
 	unit := im.geo.unitSize()
 	end := int64(off) + n
 	from := (int64(off) + unit - 1) &^ (unit - 1)
@@ -116,8 +119,11 @@ func (im *Image) preallocate(off guestOff, n int64, how block.Preallocation) err
 	end := off + guestOff(n)
 	for at := im.geo.clusterStart(off); at < end; {
 		step := min(int64(end-at), im.exclusiveRoom(at))
-		hold := im.lockClusters(at, step)
-		err := im.preallocateSlice(at, im.geo.clustersFor(step), how)
+		hold, err := im.lockClusters(at, step)
+		if err != nil {
+			return err
+		}
+		err = im.preallocateSlice(at, im.geo.clustersFor(step), how)
 		im.locks.unlock(hold)
 		if err != nil {
 			return err
@@ -208,7 +214,10 @@ func (im *Image) layOut(run freeRun, how block.Preallocation) (generation, error
 
 // growL1 moves the L1 table to a larger place (specification section 18.8).
 func (im *Image) growL1(need int64) error {
-	hold := im.locks.lock(0, 1<<62, true)
+	hold, err := im.hold(0, 1<<62, true)
+	if err != nil {
+		return err
+	}
 	defer im.locks.unlock(hold)
 	old := im.l1.Load()
 	if need <= int64(len(old.words)) {

@@ -22,7 +22,10 @@ func (im *Image) WriteAt(p []byte, off int64) (int, error) {
 func (im *Image) write(p []byte, off guestOff) (done int, err error) {
 	for done < len(p) {
 		rest, at := p[done:], off+guestOff(done)
-		hold := im.locks.lock(int64(at), int64(at)+int64(len(rest)), false)
+		hold, err := im.hold(int64(at), int64(at)+int64(len(rest)), false)
+		if err != nil {
+			return done, err
+		}
 		n, err := im.writeInPlace(rest, at)
 		im.locks.unlock(hold)
 		done += n
@@ -36,7 +39,9 @@ func (im *Image) write(p []byte, off guestOff) (done int, err error) {
 		if room := im.exclusiveRoom(at); int64(n) > room {
 			n = int(room)
 		}
-		hold = im.lockClusters(at, int64(n))
+		if hold, err = im.lockClusters(at, int64(n)); err != nil {
+			return done, err
+		}
 		err = im.writeMapping(rest[:n], at)
 		im.locks.unlock(hold)
 		if err != nil {
@@ -60,9 +65,9 @@ func (im *Image) exclusiveRoom(off guestOff) int64 {
 }
 
 // lockClusters holds the clusters that [off, off+n) touches exclusively.
-func (im *Image) lockClusters(off guestOff, n int64) rangeHold {
+func (im *Image) lockClusters(off guestOff, n int64) (rangeHold, error) {
 	mask := im.geo.clusterSize - 1
-	return im.locks.lock(int64(off)&^mask, (int64(off)+n+mask)&^mask, true)
+	return im.hold(int64(off)&^mask, (int64(off)+n+mask)&^mask, true)
 }
 
 // writeInPlace writes as much of p as needs no change of mapping.

@@ -156,7 +156,10 @@ func (im *Image) zeroUnits(off guestOff, n int64, mode zeroMode) error {
 			off, n = off+guestOff(skip), n-skip
 			continue
 		}
-		hold := im.lockClusters(off, step)
+		hold, err := im.lockClusters(off, step)
+		if err != nil {
+			return err
+		}
 		err = im.zeroSlice(off, step, mode)
 		im.locks.unlock(hold)
 		if err != nil {
@@ -186,8 +189,11 @@ func (im *Image) zeroAlready(off guestOff, n int64) (int64, error) {
 
 // zeroRaw zeroes a range of a data file that has to be a raw image: its bytes change, the tables do not.
 func (im *Image) zeroRaw(off guestOff, n int64) error {
-	hold := im.lockClusters(off, n)
-	err := im.data.ZeroRange(int64(off), n)
+	hold, err := im.lockClusters(off, n)
+	if err != nil {
+		return err
+	}
+	err = im.data.ZeroRange(int64(off), n)
 	if err == nil {
 		im.wrote()
 	}
