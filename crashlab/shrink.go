@@ -16,12 +16,16 @@ type shrinker struct {
 
 // shrink returns the violation for a state that fails at the same stage and is as close as can be to one in
 // which everything survived, or nothing: first the earliest point of the history that fails with a simple
-// state, then the fewest units that deviate. Where it took several crashes, one that takes only one is
+// state, then the fewest units that deviate. Where it took several crashes in a row, one that takes fewer is
 // preferred, whatever it fails at.
 func (x *explorer) shrink(lv *level, st *State, v *Violation, number uint64) *Violation {
 	sh := &shrinker{x: x, lv: lv, number: number, stage: v.Stage}
-	if len(v.Path) > 1 {
-		if simple, st, v := sh.single(st); v != nil {
+	// The simplest first: one crash, then one more in the middle of the recovery.
+	for crashes, recovery := range []Sampling{{}, {Every: 1, States: max(x.opts.Recovery.States, 1)}} {
+		if len(v.Path) <= crashes+1 {
+			break
+		}
+		if simple, st, v := sh.simpler(st, recovery); v != nil {
 			return simple.shrink(lv, st, v, number)
 		}
 	}
@@ -50,11 +54,12 @@ func (sh *shrinker) fails(st *State) bool {
 	return v != nil && v.Stage == sh.stage
 }
 
-// single looks for a violation after one crash only, with an explorer that knows no others.
-func (sh *shrinker) single(st *State) (simple *explorer, at *State, v *Violation) {
+// simpler looks for a violation in the history of st with an explorer that uses no disk again and crashes
+// recoveries as told.
+func (sh *shrinker) simpler(st *State, recovery Sampling) (simple *explorer, at *State, v *Violation) {
 	simple = &explorer{sc: sh.x.sc, opts: sh.x.opts}
 	simple.sc.Again = nil
-	simple.opts.Recovery = Sampling{}
+	simple.opts.Recovery = recovery
 	st.h.crashes(st.space.model, maxTrials/2, sh.number, st.sites, func(st *State) bool {
 		at, v = st, simple.try(sh.lv, st, sh.number, &tally{}, false)
 		return v == nil

@@ -36,9 +36,9 @@ type Crash struct {
 type Row struct {
 	Event   int         `json:"event"`
 	File    string      `json:"file,omitempty"`
-	Kind    string      `json:"kind"`             // an operation of storage.File, or "guest"
-	Offset  int64       `json:"offset,omitempty"` // bytes
-	Length  int64       `json:"length,omitempty"` // bytes
+	Kind    string      `json:"kind"`   // an operation of storage.File, or "guest"
+	Offset  int64       `json:"offset"` // bytes
+	Length  int64       `json:"length"` // bytes
 	Site    *Site       `json:"site,omitempty"`
 	Text    string      `json:"text,omitempty"`  // of a mark
 	Ended   bool        `json:"ended,omitempty"` // it had returned before the crash
@@ -251,8 +251,11 @@ func (r Row) String() string {
 
 // Summary says in one line what the crash interrupted and how much survived.
 func (c Crash) Summary() string {
-	return fmt.Sprintf("after event %d, %s: of what was not durable %d operations kept, %d torn, %d lost",
-		c.Event, c.Model, c.Kept, c.Torn, c.Lost)
+	at := "before the first event"
+	if c.Event >= 0 {
+		at = fmt.Sprintf("after event %d", c.Event)
+	}
+	return fmt.Sprintf("%s, %s: of what was not durable %d operations kept, %d torn, %d lost", at, c.Model, c.Kept, c.Torn, c.Lost)
 }
 
 func (c Crash) phaseName() string {
