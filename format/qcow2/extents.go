@@ -1,6 +1,9 @@
 package qcow2
 
-import "github.com/platter-disk/platter/block"
+import (
+	"github.com/platter-disk/platter/block"
+	"github.com/platter-disk/platter/storage"
+)
 
 // extentWindow bounds the bytes of the disk whose mapping Extents looks at, and the spans it collects, in one
 // hold.
@@ -18,6 +21,7 @@ func (im *Image) Extents(off, length int64, fn func(block.Extent) bool) error {
 }
 
 func (im *Image) extents(off, length int64, fn func(block.Extent) bool) error {
+	g := &im.geo
 	var runs []block.Extent
 	for length > 0 {
 		n := min(length, extentWindow)
@@ -32,13 +36,14 @@ func (im *Image) extents(off, length int64, fn func(block.Extent) bool) error {
 		}
 		// fn runs without any lock, so that it may use the device.
 		for _, e := range runs {
-			if e.Allocated || e.Zero {
-				if !fn(e) {
-					return nil
-				}
-				continue
+			report := im.backingExtents
+			switch {
+			case e.Data && e.HostOffset >= 0 && !g.dataFile:
+				report = im.dataExtents
+			case e.Allocated || e.Zero:
+				report = reportExtent
 			}
-			if more, err := im.backingExtents(e, fn); !more || err != nil {
+			if more, err := report(e, fn); !more || err != nil {
 				return err
 			}
 		}
@@ -59,15 +64,18 @@ func (im *Image) collectExtents(runs []block.Extent, off guestOff, n int64) ([]b
 			return nil, 0, err
 		}
 		e := block.Extent{Offset: int64(at), Length: s.n, HostOffset: -1}
+		if s.hosted {
+			e.HostOffset = int64(s.host)
+		}
 		part := (*partial)(nil)
 		if !s.inPlace() {
 			part, e.Length = im.partials.find(at, s.n, g.clusterSize)
 		}
 		switch {
 		case part != nil:
-			e.Allocated, e.Data = true, true
+			e.Allocated, e.Data, e.HostOffset = true, true, -1
 		case s.kind == kindNormal:
-			e.Allocated, e.Data, e.HostOffset = true, true, int64(s.host)
+			e.Allocated, e.Data = true, true
 		case s.kind == kindCompressed:
 			e.Allocated, e.Data, e.Compressed = true, true, true
 		case s.kind == kindZero:
@@ -83,6 +91,50 @@ func (im *Image) collectExtents(runs []block.Extent, off guestOff, n int64) ([]b
 		done += e.Length
 	}
 	return runs, done, nil
+}
+
+func reportExtent(e block.Extent, fn func(block.Extent) bool) (more bool, err error) {
+	return fn(e), nil
+}
+
+// dataExtents reports a run that has its place in the file. Whole clusters that are holes there read as zeros:
+// images whose metadata was preallocated consist of little else.
+func (im *Image) dataExtents(e block.Extent, fn func(block.Extent) bool) (more bool, err error) {
+	g := &im.geo
+	done, end := int64(0), e.HostOffset+e.Length
+	report := func(n int64, zero bool) bool {
+		p := e
+		p.Offset, p.Length, p.HostOffset, p.Zero = e.Offset+done, n, e.HostOffset+done, zero
+		done += n
+		return n == 0 || fn(p)
+	}
+	// hole reports a hole of the file, and first the data before it.
+	hole := func(from, to int64) bool {
+		from = (from + g.clusterSize - 1) &^ (g.clusterSize - 1)
+		if to < end {
+			to &^= g.clusterSize - 1
+		}
+		if from >= to {
+			return true
+		}
+		return report(from-e.HostOffset-done, false) && report(to-from, true)
+	}
+	more = true
+	covered := e.HostOffset
+	err = im.data.DataExtents(e.HostOffset, e.Length, func(h storage.Extent) bool {
+		covered = h.Offset + h.Length
+		if !h.Data {
+			more = hole(max(h.Offset, e.HostOffset), covered)
+		}
+		return more
+	})
+	if err == nil && more && covered < end {
+		more = hole(covered, end) // past the end of the file
+	}
+	if err == nil && more {
+		more = report(e.Length-done, false)
+	}
+	return more, err
 }
 
 // backingExtents reports a run that the backing device decides.

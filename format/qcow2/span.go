@@ -10,7 +10,8 @@ import (
 type span struct {
 	kind   kind
 	n      int64   // bytes
-	host   hostOff // kindNormal: where the first byte lies
+	hosted bool    // the clusters have a place in the file, whether their bytes are there or not
+	host   hostOff // if hosted: the place of the first byte
 	entry  l2Entry // of the first cluster
 	copied bool    // the host clusters belong to the active tree alone: kindNormal may be written in place
 }
@@ -115,6 +116,8 @@ func (im *Image) scan(v view, i int64, off guestOff, n int64) (span, error) {
 		if int64(m.entry.offset())&(g.clusterSize-1) != 0 {
 			return s, im.unaligned(off, m.entry)
 		}
+	}
+	if s.hosted = g.hasHost(m); s.hosted {
 		s.host = m.entry.offset() + hostOff(in)
 	}
 	end := in&^(unit-1) + unit // of the piece that was looked at, in its cluster
@@ -128,7 +131,8 @@ func (im *Image) scan(v view, i int64, off guestOff, n int64) (span, error) {
 				break
 			}
 			next := im.mappingAt(v, i)
-			if s.kind == kindNormal && (next.entry.offset() != m.entry.offset()+hostOff(g.clusterSize) || next.entry.copied() != s.copied) {
+			if g.hasHost(next) != s.hosted || s.hosted &&
+				(next.entry.offset() != m.entry.offset()+hostOff(g.clusterSize) || next.entry.copied() != s.copied) {
 				break
 			}
 			m, sub, end = next, 0, 0
