@@ -6,6 +6,10 @@ import (
 	"time"
 )
 
+// rateSlack is the shortest wait worth going to sleep for: many small writes would otherwise sleep much longer
+// than they should, a timer tick each. What is not waited now is waited later.
+const rateSlack = 10 * time.Millisecond
+
 // rateLimit spaces out work so that it averages at most perSecond bytes a second. A nil rateLimit does not
 // limit. It is safe for concurrent use.
 type rateLimit struct {
@@ -35,8 +39,8 @@ func (r *rateLimit) wait(ctx context.Context, n int64) error {
 	delay := r.free.Sub(now)
 	r.free = r.free.Add(time.Duration(float64(n) / float64(r.perSecond) * float64(time.Second)))
 	r.mu.Unlock()
-	if delay <= 0 {
-		return nil
+	if delay < rateSlack {
+		return ctx.Err()
 	}
 	t := time.NewTimer(delay)
 	defer t.Stop()

@@ -130,10 +130,12 @@ func (u URI) String() string {
 	if u.TLS {
 		p.Scheme = "nbds"
 	}
+	// A plus sign in place of a space is a convention of web forms, which other NBD programs do not share.
+	escaped := strings.NewReplacer("%2F", "/", "+", "%20")
 	var query []string
 	add := func(key, value string) {
 		if value != "" {
-			query = append(query, key+"="+strings.ReplaceAll(url.QueryEscape(value), "%2F", "/"))
+			query = append(query, key+"="+escaped.Replace(url.QueryEscape(value)))
 		}
 	}
 	if u.Network == "unix" {

@@ -86,3 +86,15 @@ func FuzzParseURI(f *testing.F) {
 		}
 	})
 }
+
+// Other NBD programs do not take a plus sign for a space.
+func TestURISpaces(t *testing.T) {
+	u := URI{Network: "unix", Address: "/run/my disks/a+b", Export: "the disk"}
+	want := "nbd+unix:///the%20disk?socket=/run/my%20disks/a%2Bb"
+	if got := u.String(); got != want {
+		t.Errorf("%+v is printed as %s, want %s", u, got, want)
+	}
+	if back, err := ParseURI(want); err != nil || back != u {
+		t.Errorf("%s is read as %+v, %v; want %+v", want, back, err, u)
+	}
+}

@@ -52,6 +52,7 @@ type allocator struct {
 	reserve  []freeRun
 	reserved int64 // clusters in reserve
 	taken    bool  // something was taken since the last top-up
+	transit  int64 // clusters taken since the last commit: counted, and not linked yet on the disk
 	batch    int64 // clusters that are set aside at a time; grows with use
 	maxBatch int64
 	policy   countPolicy
@@ -130,6 +131,7 @@ func (a *allocator) take(n int64, zero bool) (freeRun, error) {
 	}
 	a.reserved -= got.n
 	a.taken = true
+	a.transit += got.n
 	return got, nil
 }
 
@@ -159,16 +161,19 @@ func (a *allocator) put(r freeRun) {
 }
 
 // topUp sets the next batch aside ahead of need, so that its barrier is the one of the flush that is starting.
-func (a *allocator) topUp() error {
+// Where there is no room for one, whoever needs a cluster finds out; what is to be flushed needs none.
+func (a *allocator) topUp() {
 	if !a.taken || a.policy == countExact {
-		return nil
+		return
 	}
 	a.taken = false
-	if a.reserved*2 > a.batch {
-		return nil
+	if a.reserved*2 > a.batch && a.reserved >= min(a.transit, a.maxBatch) {
+		return // enough for as much as was taken since the last flush
 	}
-	a.batch = min(a.batch*2, a.maxBatch)
-	return a.refill(a.batch)
+	a.batch = min(max(a.batch, a.transit)*2, a.maxBatch)
+	if a.refill(max(a.batch-a.reserved, 1)) != nil {
+		a.batch = min(firstBatch, a.maxBatch)
+	}
 }
 
 // refill sets aside up to n more clusters, at least one.
@@ -177,23 +182,16 @@ func (a *allocator) refill(n int64) error {
 	if err != nil {
 		return err
 	}
-	r := freeRun{start: start, n: got}
 	from, to := int64(a.geo.offsetOf(start)), int64(a.geo.offsetOf(start+hostCluster(got)))
+	zeroed := generation(0)
 	if end := a.end.Load(); from < end {
-		r.zeroed = a.zero(from, min(to, end))
+		zeroed = a.zero(from, min(to, end))
 	}
-	if err := a.extend(to); err != nil {
+	r, err := a.setAside(start, got)
+	if err != nil {
 		return err
 	}
-	for c := start; c < start+hostCluster(got); c++ {
-		if a.policy == countAtLink {
-			a.busy[c] = struct{}{}
-		} else if err := a.refs.set(c, 1); err != nil {
-			return err
-		}
-	}
-	r.raised = a.policy != countAtLink
-	r.ready = a.im.gen
+	r.zeroed = zeroed
 	a.hint = start + hostCluster(got)
 	a.put(r)
 	return nil
@@ -329,29 +327,47 @@ func (a *allocator) free(c hostCluster) (bool, error) {
 	if v != 0 || c == 0 || err != nil {
 		return false, err
 	}
-	_, busy := a.busy[c]
-	return !busy && !a.journal.contains(c), nil
+	if _, busy := a.busy[c]; busy || a.journal.contains(c) {
+		return false, nil
+	}
+	if a.im.guard.view.Load().overlaps(c, c) {
+		return false, a.im.fail(a.im.corrupt(fmt.Sprintf("reference count of cluster %d", c), "0", "1, because metadata lies there"))
+	}
+	return true, nil
 }
 
-// contiguous allocates exactly n contiguous clusters, for tables of level 1. The caller writes all of them.
-func (a *allocator) contiguous(n int64) (hostCluster, error) {
+// contiguous allocates exactly n contiguous clusters, for tables that are one piece. The caller writes all of
+// them, and links them or gives them back.
+func (a *allocator) contiguous(n int64) (freeRun, error) {
 	hint := a.hint
 	defer func() { a.hint = hint }()
 	for {
 		start, got, err := a.described(n)
 		if err != nil {
-			return 0, err
+			return freeRun{}, err
 		}
 		if got == n {
-			run := freeRun{start: start, n: n}
-			if err := a.extend(int64(a.geo.offsetOf(start + hostCluster(n)))); err != nil {
-				return 0, err
-			}
-			_, err := a.link(run)
-			return start, err
+			return a.setAside(start, n)
 		}
 		a.hint = start + hostCluster(got)
 	}
+}
+
+// setAside takes a run of free clusters for a use to come, and counts it if the policy wants that now. The file
+// is made to reach over it.
+func (a *allocator) setAside(start hostCluster, n int64) (freeRun, error) {
+	end := start + hostCluster(n)
+	if err := a.extend(int64(a.geo.offsetOf(end))); err != nil {
+		return freeRun{}, err
+	}
+	for c := start; c < end; c++ {
+		if a.policy == countAtLink {
+			a.busy[c] = struct{}{}
+		} else if err := a.refs.set(c, 1); err != nil {
+			return freeRun{}, err
+		}
+	}
+	return freeRun{start: start, n: n, raised: a.policy != countAtLink, ready: a.im.gen, zeroed: never}, nil
 }
 
 // lower takes one reference from a cluster and tells whether it was the last.
@@ -361,9 +377,22 @@ func (a *allocator) lower(c hostCluster) (last bool, err error) {
 		return false, err
 	}
 	if v == 0 {
-		return false, fmt.Errorf("%s: the reference count of cluster %d, which was in use, is 0: the image needs to be checked", a.file.Name(), c)
+		return false, a.im.corrupt(fmt.Sprintf("reference count of cluster %d", c), "0", "1 or more, because something referred to it")
+	}
+	if v == 1 {
+		if err := a.checkUnused(c); err != nil {
+			return false, err
+		}
 	}
 	return v == 1, a.refs.set(c, v-1)
+}
+
+// checkUnused refuses to give up a cluster that holds metadata: an entry that designated it is damaged.
+func (a *allocator) checkUnused(c hostCluster) error {
+	if !a.im.guard.view.Load().overlaps(c, c) {
+		return nil
+	}
+	return a.im.fail(a.im.corrupt(fmt.Sprintf("the last reference to cluster %d", c), "an entry that is given up, metadata there", "metadata or data"))
 }
 
 // release lowers the counts of clusters that a durable update released. Under countAhead, clusters that lose
@@ -374,6 +403,9 @@ func (a *allocator) release(r hostRun) error {
 			if v, err := a.refs.get(c); err != nil {
 				return err
 			} else if v == 1 {
+				if err := a.checkUnused(c); err != nil {
+					return err
+				}
 				a.packer.leave(a.geo, c)
 				a.put(freeRun{start: c, n: 1, raised: true, zeroed: a.punch(c, r.punch)})
 				continue
@@ -392,7 +424,7 @@ func (a *allocator) release(r hostRun) error {
 
 // wanted reports whether the reserve has room for a cluster that is being given up.
 func (a *allocator) wanted(c hostCluster) bool {
-	return a.policy != countExact && a.reserved < 2*a.batch && !a.packer.pending(c)
+	return a.policy != countExact && a.reserved < a.maxBatch && !a.packer.pending(c)
 }
 
 // recycle makes a cluster that lost its last reference available again; the update that released it is
@@ -447,6 +479,11 @@ func (a *allocator) returnReserve() error {
 func (a *allocator) trim() error {
 	c := a.fileClusters()
 	for c > 0 && int64(a.geo.offsetOf(c)) > a.atEnd {
+		if !a.refs.hasBlock(c - 1) { // nothing is counted from the start of that block on
+			_, index := a.refs.blockOf(c - 1)
+			c -= hostCluster(index) + 1
+			continue
+		}
 		free, err := a.free(c - 1)
 		if err != nil {
 			return err
@@ -546,7 +583,6 @@ func (a *allocator) growTable(need int64) error {
 			return err
 		}
 		table[firstBlock+i] = uint64(a.geo.offsetOf(at))
-		a.im.guard.add(at)
 	}
 	raw := make([]byte, 0, len(table)*8)
 	for _, e := range table {
@@ -562,6 +598,9 @@ func (a *allocator) growTable(need int64) error {
 	h := a.im.header
 	h.RefcountTableOffset, h.RefcountTableClusters = uint64(tableAt), uint32(clusters)
 	a.refs.table, a.refs.at = table, tableAt
+	for i := range blocks {
+		a.im.guard.add(start + hostCluster(i))
+	}
 	a.im.guard.place(a.im)
 	return a.im.discipline.changeHeader(fieldRefcountTable, []hostRun{{
 		start: a.geo.clusterOf(oldAt), n: a.geo.clustersFor(int64(len(old)) * 8), table: true,

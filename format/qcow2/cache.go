@@ -144,26 +144,12 @@ func (c *tableCache) load(start hostOff, tryOnly, pin bool) (*tableSlice, error)
 	raw := bufpool.Get(int(c.bytes))
 	defer raw.Put()
 	buf := raw.B
-	var err error
-	if tryOnly {
-		err = storage.TryReadFull(c.file, buf, int64(start))
-	} else {
-		err = storage.ReadFull(c.file, buf, int64(start))
-	}
-	if err != nil {
-		if !errors.Is(err, storage.ErrWouldBlock) {
-			err = fmt.Errorf("%s: L2 table at offset %#x: %w", c.file.Name(), start, err)
-		}
+	if err := c.read(buf, start, tryOnly); err != nil {
 		return nil, err
 	}
 	set.keys[i].Store(0)
 	s.seq.Add(1)
-	if s.words == nil {
-		s.words = make([]uint64, c.bytes/8)
-	}
-	for w := range s.words {
-		atomic.StoreUint64(&s.words[w], binary.BigEndian.Uint64(buf[w*8:]))
-	}
+	s.decode(buf)
 	s.where.Store(int64(start))
 	s.used.Store(true)
 	if pin {
@@ -172,6 +158,42 @@ func (c *tableCache) load(start hostOff, tryOnly, pin bool) (*tableSlice, error)
 	s.seq.Add(1)
 	set.keys[i].Store(int64(start))
 	return s, nil
+}
+
+// read reads the slice at start from the file.
+func (c *tableCache) read(buf []byte, start hostOff, tryOnly bool) error {
+	read := storage.ReadFull
+	if tryOnly {
+		read = storage.TryReadFull
+	}
+	err := read(c.file, buf, int64(start))
+	if err != nil && !errors.Is(err, storage.ErrWouldBlock) {
+		err = fmt.Errorf("%s: L2 table at offset %#x: %w", c.file.Name(), start, err)
+	}
+	return err
+}
+
+// decode fills the slice with the words of a table.
+func (s *tableSlice) decode(buf []byte) {
+	if s.words == nil {
+		s.words = make([]uint64, len(buf)/8)
+	}
+	for w := range s.words {
+		atomic.StoreUint64(&s.words[w], binary.BigEndian.Uint64(buf[w*8:]))
+	}
+}
+
+// uncached returns a view of the slice at start that is nobody else's. The caller knows that it is not cached
+// and that nobody changes it: of an image that takes no more changes.
+func (c *tableCache) uncached(start hostOff) (view, error) {
+	raw := bufpool.Get(int(c.bytes))
+	defer raw.Put()
+	if err := c.read(raw.B, start, false); err != nil {
+		return view{}, err
+	}
+	s := &tableSlice{}
+	s.decode(raw.B)
+	return view{s: s}, nil
 }
 
 // victim picks an empty or clean unpinned way, or none. The caller holds set.mu.
@@ -192,6 +214,11 @@ func (set *cacheSet) victim() (int, bool) {
 			continue
 		}
 		return i, true
+	}
+	for i := range set.slices { // readers set every clock bit again meanwhile
+		if s := &set.slices[i]; s.pins.Load() == 0 && !s.held.Load() {
+			return i, true
+		}
 	}
 	return 0, false
 }

@@ -49,6 +49,10 @@ type CheckOptions struct {
 	Memory int64
 
 	Repair Repair // what to repair; needs a writable file
+
+	// DiscardJournal drops a pending metadata journal instead of replaying it, with RepairAll only: for a
+	// journal that cannot be read any more.
+	DiscardJournal bool
 }
 
 const defaultCheckMemory = 1 << 30
@@ -107,6 +111,13 @@ func Check(f storage.File, o CheckOptions) (*CheckResult, error) {
 	if err != nil {
 		return nil, err
 	}
+	var journal *JournalExtension
+	if h.Incompatible&IncompatJournal != 0 {
+		journal = h.Journal
+		if f, h, err = checkJournalled(f, h, o); err != nil {
+			return nil, err
+		}
+	}
 	if o.Repair != RepairNone {
 		return repairImage(f, h, o)
 	}
@@ -116,6 +127,11 @@ func Check(f storage.File, o CheckOptions) (*CheckResult, error) {
 	}
 	if err := c.run(); err != nil {
 		return nil, err
+	}
+	if journal != nil {
+		if err := c.checkJournalRegion(journal); err != nil {
+			return nil, err
+		}
 	}
 	return c.res, nil
 }

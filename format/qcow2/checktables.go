@@ -128,8 +128,7 @@ func (c *checker) countL1(who owner, off hostOff, entries int64, weight uint32) 
 // counted together.
 func (c *checker) countSnapshotL1s() error {
 	if c.g.dataFile && len(c.snapshots) > 0 {
-		c.corrupt(int64(len(c.snapshots)), "ERROR %d snapshots in image with data file", len(c.snapshots))
-		return nil
+		c.corrupt(1, "ERROR %d snapshots in image with data file", len(c.snapshots))
 	}
 	type table struct {
 		off  uint64
@@ -182,7 +181,7 @@ func (g *geometry) mappingAt(p []byte) mapping {
 func l2EntryAt(p []byte) l2Entry { return l2Entry(binary.BigEndian.Uint64(p)) }
 
 // examineL2 validates the entries of an L2 table and counts their references, once for every reference to the
-// table. Statistics are taken of the active tree only.
+// table. Statistics are taken of the active tree only, and of each of its tables once.
 func (c *checker) examineL2(table hostOff, active bool) error {
 	if table == 0 || c.g.inCluster(int64(table)) != 0 {
 		return nil

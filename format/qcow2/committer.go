@@ -66,8 +66,24 @@ func (w *committer) take(u *update) error {
 	} else {
 		im.l1Need = max(im.l1Need, need)
 	}
+	if u.unlinked {
+		return w.release(u.releases) // changes of the header are durable at once
+	}
 	return w.hold(u.releases)
 }
+
+// release lowers the counts of what was released durably, and makes what is free available again.
+func (w *committer) release(runs []hostRun) error {
+	for _, r := range runs {
+		if err := w.im.alloc.release(r); err != nil {
+			return w.im.fail(err)
+		}
+	}
+	return nil
+}
+
+// full has no place: whatever was accepted can be written back.
+func (w *committer) full() bool { return false }
 
 // hold keeps what an update released until that is durable.
 func (w *committer) hold(runs []hostRun) error {
@@ -92,12 +108,17 @@ func (w *committer) hold(runs []hostRun) error {
 	return nil
 }
 
+// minBound is the number of clusters that may be in transit or in quarantine however small the reserve is.
+const minBound = 64
+
 // bound keeps what memory holds back within bounds when the guest does not flush.
 func (w *committer) bound() error {
 	im := w.im
 	im.mu.Lock()
 	crowded := int64(len(im.dirtySlices))*im.tables.bytes > im.tables.capacity()*3/4
-	full := im.quarantined > max(im.alloc.maxBatch, 64)
+	full := im.quarantined > max(im.alloc.maxBatch, minBound)
+	// What a crash may leak stays bounded by the reserve, however much the guest writes between two flushes.
+	crowded = crowded || im.alloc.transit > max(2*im.alloc.maxBatch, minBound)
 	im.mu.Unlock()
 	switch {
 	case full:
@@ -131,6 +152,9 @@ func (w *committer) publishBlocks(words []tableWord) error {
 	return nil
 }
 
+// progress has no place: what a crash interrupts stays unfinished, which is a leak.
+func (w *committer) progress(operation) {}
+
 // settleCounts makes raised counts durable.
 func (w *committer) settleCounts() error { return w.flush() }
 
@@ -140,12 +164,7 @@ func (w *committer) changeHeader(f headerField, releases []hostRun) error {
 	if err := im.switchHeader(f); err != nil {
 		return err
 	}
-	for _, r := range releases {
-		if err := im.alloc.release(r); err != nil {
-			return im.fail(err)
-		}
-	}
-	return nil
+	return w.release(releases)
 }
 
 // commit writes what was accepted so far; a durable one ends with a barrier and then makes what the updates
@@ -158,11 +177,13 @@ func (w *committer) commit(durable bool) error {
 	counts := &w.counts
 	im.mu.Lock()
 	if durable {
-		if err := im.alloc.topUp(); err != nil {
+		im.alloc.topUp()
+		if err := im.failed(); err != nil {
 			im.mu.Unlock()
 			return err
 		}
 	}
+	im.alloc.transit = 0
 	counts.reset()
 	if !w.holdCounts {
 		im.alloc.refs.collect(counts)
@@ -212,12 +233,7 @@ func (w *committer) commit(durable bool) error {
 		}
 		return nil
 	}
-	for _, r := range released {
-		if err := im.alloc.release(r); err != nil {
-			return im.fail(err)
-		}
-	}
-	return nil
+	return w.release(released)
 }
 
 // announce runs prepare if it is due.

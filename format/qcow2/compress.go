@@ -309,7 +309,6 @@ func (im *Image) linkPlaced(stream []byte, off guestOff, old mapping, place plac
 	if err := im.overwrite(stream, place.at); err != nil {
 		return err
 	}
-	im.abandonPartial(off)
 	u := update{
 		words:    []uint64{uint64(im.geo.compressedEntry(place.at, int64(len(stream))))},
 		exposes:  im.now(),
@@ -328,5 +327,9 @@ func (im *Image) linkPlaced(stream []byte, off guestOff, old mapping, place plac
 	if err != nil {
 		return err
 	}
-	return im.apply(word, u)
+	if err := im.apply(word, u); err != nil {
+		return err
+	}
+	im.abandonPartial(off)
+	return nil
 }

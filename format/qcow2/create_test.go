@@ -264,9 +264,6 @@ func TestCreateLargePreallocated(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "disk.qcow2")
 	start := time.Now()
 	createFile(t, path, CreateOptions{Size: 1 << 40, Preallocation: block.PreallocMetadata})
-	if took := time.Since(start); took > 30*time.Second {
-		t.Errorf("took %v", took)
-	}
 	info := qemuInfo(t, path)
 	if info["virtual-size"] != float64(1<<40) {
 		t.Errorf("virtual size %v", info["virtual-size"])

@@ -194,6 +194,11 @@ func TestCheckRandomDamage(t *testing.T) {
 		if readsGarbage(theirs, collisions) {
 			continue
 		}
+		if sharesTables(t, f) {
+			ours.result.AllocatedClusters, theirs.result.AllocatedClusters = 0, 0
+			ours.result.Fragmented, theirs.result.Fragmented = 0, 0
+			ours.result.Compressed, theirs.result.Compressed = 0, 0
+		}
 		if diff := diffVerdicts(ours, theirs); diff != "" {
 			t.Errorf("seed %d round %d: %s with %x\n%s", seed, round, name, edits, diff)
 			if bad++; bad > 5 {
@@ -208,13 +213,36 @@ func TestCheckRandomDamage(t *testing.T) {
 // header for a table. Check stops there. Nor does QEMU open an image with a damaged bitmap, or read
 // L1 tables beyond 2^63.
 func readsGarbage(v verdict, collisions []string) bool {
-	if strings.Contains(strings.Join(collisions, "\n"), "two owners: header, L2 table") {
+	if strings.Contains(strings.Join(collisions, "\n"), "two owners: header, ") {
 		return true
 	}
 	return slices.ContainsFunc(v.lines, func(l string) bool {
 		return strings.Contains(l, "Could not read bitmap_table") || strings.Contains(l, "I/O error in check_refcounts") ||
 			strings.Contains(l, "overflow cluster offset=0x0") || strings.Contains(l, "Table is not cluster aligned")
 	})
+}
+
+// sharesTables reports that the active L1 table has two entries with one L2 table. QEMU takes its statistics
+// once for each; Check reads no table twice.
+func sharesTables(t testing.TB, f storage.File) bool {
+	t.Helper()
+	h, err := readHeader(f, forCheck)
+	if err != nil {
+		return false
+	}
+	seen := make(map[hostOff]bool)
+	l1 := make([]byte, h.L1Size*8)
+	if err := storage.ReadFull(f, l1, int64(h.L1Offset)); err != nil {
+		t.Fatal(err)
+	}
+	for i := 0; i < len(l1); i += 8 {
+		at := l1Entry(binary.BigEndian.Uint64(l1[i:])).offset()
+		if at != 0 && seen[at] {
+			return true
+		}
+		seen[at] = true
+	}
+	return false
 }
 
 func envInt(t testing.TB, name string, def int) int {

@@ -23,6 +23,7 @@ type update struct {
 
 	uses     []freeRun // what the words refer to from now on
 	releases []hostRun // what the image no longer reaches afterwards
+	unlinked bool      // nothing reaches that any more, as of a change of the header that was made before
 }
 
 // tableWord is a word of the refcount table and where it lies.
@@ -35,6 +36,10 @@ type tableWord struct {
 type discipline interface {
 	// accept takes an update; its words and counts change in memory. The caller holds Image.mu.
 	accept(u *update) error
+
+	// full reports that requests have to wait for a flush before another update is accepted. The caller holds
+	// Image.mu.
+	full() bool
 
 	// settle runs after an operation's updates were accepted, with no lock held but its guest range.
 	settle() error
@@ -55,10 +60,16 @@ type discipline interface {
 	// holds Image.mu.
 	changeHeader(f headerField, releases []hostRun) error
 
+	// progress notes how far a long operation has come. It is durable together with whatever else is accepted
+	// in the same hold of Image.mu, under disciplines that finish such operations after a crash; the others
+	// leave leaks. The caller holds Image.mu.
+	progress(o operation)
+
 	// flush makes everything that was accepted before the call durable.
 	flush() error
 
-	// close makes everything durable and leaves the image as the format wants it between sessions.
+	// close makes everything durable and leaves the image as the format wants it between sessions. Nothing
+	// of the discipline runs afterwards, even if it fails.
 	close() error
 }
 

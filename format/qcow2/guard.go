@@ -57,6 +57,47 @@ func (g *guard) place(im *Image) {
 	g.view.Store(&v)
 }
 
+// checkPlaces refuses to write to an image whose metadata shares a cluster or lies past the end of the file: to
+// allocate by it would destroy more. An L2 table may have several users if none takes it for its own.
+func (im *Image) checkPlaces(fileSize int64) error {
+	const alone = 1 // the lowest bit of what is found; the cluster is above it
+	var found []hostCluster
+	l1 := im.l1.Load()
+	for i := range l1.words {
+		if e := l1.entry(int64(i)); e.offset() != 0 {
+			found = append(found, im.geo.clusterOf(e.offset())<<1|hostCluster(e>>63))
+		}
+	}
+	for _, e := range im.alloc.refs.table {
+		if at := hostOff(e &^ 511); at != 0 {
+			found = append(found, im.geo.clusterOf(at)<<1|alone)
+		}
+	}
+	slices.Sort(found)
+	ranges := guardView{ranges: im.guard.view.Load().ranges}
+	last := hostCluster(-1)
+	for _, f := range found {
+		c := f >> 1
+		field := fmt.Sprintf("L2 table or refcount block at offset %#x", im.geo.offsetOf(c))
+		if c == last>>1 && (f|last)&alone != 0 || ranges.overlaps(c, c) {
+			return im.corrupt(field, "other metadata there", "a cluster of its own")
+		}
+		if int64(im.geo.offsetOf(c)) >= fileSize {
+			return im.corrupt(field, fmt.Sprintf("a file of %d bytes", fileSize), "a place inside the file")
+		}
+		last = f
+	}
+	for i, r := range ranges.ranges {
+		for _, other := range ranges.ranges[:i] {
+			if r.start < other.start+hostCluster(other.n) && other.start < r.start+hostCluster(r.n) {
+				return im.corrupt(fmt.Sprintf("table at offset %#x", im.geo.offsetOf(max(r.start, other.start))),
+					"the header or another table there", "clusters of its own")
+			}
+		}
+	}
+	return nil
+}
+
 // add notes a new L2 table or refcount block.
 func (g *guard) add(c hostCluster) {
 	v := *g.view.Load()

@@ -69,7 +69,7 @@ type Image struct {
 	closed   atomic.Bool
 
 	zeroInit bool       // the disk read as zeros when it was opened
-	resizing sync.Mutex // one Resize at a time
+	resizing sync.Mutex // one Resize or operation on snapshots at a time
 
 	mu          sync.Mutex // guards what follows, and the words of all tables
 	header      *Header
@@ -81,6 +81,7 @@ type Image struct {
 	quarantined int64     // clusters in quarantine
 	gen         generation
 	durable     generation
+	viewed      map[string]int // devices of snapshots that are open, by the snapshot's id
 }
 
 // l1Table is the active L1 table. It is replaced as a whole when it grows.
@@ -128,10 +129,7 @@ func Open(f storage.File, o Options) (*Image, error) {
 	if h.BackingFile != "" && o.Backing == nil && !o.NoBacking {
 		return nil, fmt.Errorf("%s: the image needs its backing file %q", f.Name(), printable(h.BackingFile))
 	}
-	im := &Image{
-		file: f, data: f, backing: o.Backing, geo: newGeometry(h), opts: o, header: h,
-		locks: newRangeLock(), l1Dirty: map[int64]struct{}{}, gen: 1, durable: 1,
-	}
+	im := makeImage(f, h, o)
 	if h.HasDataFile() {
 		if o.DataFile == nil {
 			return nil, fmt.Errorf("%s: 'data-file' is required for this image", f.Name())
@@ -140,7 +138,6 @@ func Open(f storage.File, o Options) (*Image, error) {
 	} else if o.DataFile != nil {
 		return nil, fmt.Errorf("%s: 'data-file' can only be set for images with an external data file", f.Name())
 	}
-	im.size.Store(int64(h.Size) &^ (sectorSize - 1))
 	fileSize, err := f.Size()
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", f.Name(), err)
@@ -154,6 +151,16 @@ func Open(f storage.File, o Options) (*Image, error) {
 		}
 	}
 	return im, nil
+}
+
+// makeImage makes an image of which no table has been looked at.
+func makeImage(f storage.File, h *Header, o Options) *Image {
+	im := &Image{
+		file: f, data: f, backing: o.Backing, geo: newGeometry(h), opts: o, header: h,
+		locks: newRangeLock(), l1Dirty: map[int64]struct{}{}, gen: 1, durable: 1,
+	}
+	im.size.Store(int64(h.Size) &^ (sectorSize - 1))
+	return im
 }
 
 // openJournalled makes the metadata of a crashed image readable: by replaying its journal, or, read-only, by
@@ -188,16 +195,21 @@ func (im *Image) openTables(fileSize int64) error {
 	for i := range t.words {
 		t.words[i] = binary.BigEndian.Uint64(raw[i*8:])
 	}
+	im.useTables(t)
+	return nil
+}
+
+// useTables makes t the active L1 table of an image that is being opened, and makes the caches of what it reaches.
+func (im *Image) useTables(t *l1Table) {
 	im.l1.Store(t)
 	im.zeroInit = im.backing == nil && !slices.ContainsFunc(t.words, func(w uint64) bool { return w != 0 })
 	limit := im.opts.L2CacheSize
 	if limit <= 0 {
 		limit = DefaultL2CacheSize
 	}
-	im.tables = newTableCache(f, im.geo.clusterSize, im.geo.clustersFor(im.size.Load())*im.geo.entrySize(), limit)
+	im.tables = newTableCache(im.file, im.geo.clusterSize, im.geo.clustersFor(im.size.Load())*im.geo.entrySize(), limit)
 	im.inflated.init(im.geo.clusterSize)
-	im.codec.kind = h.CompressionType
-	return nil
+	im.codec.kind = im.header.CompressionType
 }
 
 func (im *Image) openForWriting(fileSize int64) error {
@@ -215,8 +227,12 @@ func (im *Image) openForWriting(fileSize int64) error {
 	if err != nil {
 		return err
 	}
+	refs.store = im.writeMetadata
 	im.alloc = newAllocator(im, refs, fileSize)
 	im.guard.init(im)
+	if err := im.checkPlaces(fileSize); err != nil {
+		return err
+	}
 	im.discipline, err = newDiscipline(im.opts.Discipline, im)
 	return err
 }
@@ -268,8 +284,8 @@ func (im *Image) Close() error {
 		if err = im.failed(); err == nil {
 			err = im.completePartials()
 		}
-		if err == nil {
-			err = im.discipline.close()
+		if closed := im.discipline.close(); err == nil {
+			err = closed
 		}
 	}
 	if im.data != im.file {
@@ -414,25 +430,59 @@ func (im *Image) changeWords(u *update) {
 // all words lie in one slice. The caller holds the guest range exclusively, and no other lock.
 func (im *Image) apply(at hostOff, u update) error {
 	start := im.tables.start(at)
-	s, err := im.tables.pin(start)
-	for err == errCacheFull {
-		if err := im.discipline.writeback(); err != nil {
-			return err
-		}
-		s, err = im.tables.pin(start)
-	}
+	s, err := im.pin(start)
 	if err != nil {
 		return err
 	}
 	defer s.unpin()
 	u.slice, u.first = s, int64(at-start)/8
-	im.mu.Lock()
+	if err := im.lockForUpdate(); err != nil {
+		return err
+	}
 	err = im.discipline.accept(&u)
 	im.mu.Unlock()
 	if err != nil {
 		return im.fail(err)
 	}
-	return im.discipline.settle()
+	return im.settle()
+}
+
+// lockForUpdate locks mu once the discipline has room for another update. The caller holds no lock but guest
+// ranges.
+func (im *Image) lockForUpdate() error {
+	for {
+		im.mu.Lock()
+		if !im.discipline.full() {
+			return nil
+		}
+		im.mu.Unlock()
+		if err := im.discipline.flush(); err != nil {
+			return err
+		}
+	}
+}
+
+// settle runs after an update was accepted. Unless the image failed, the update counts whatever settling it
+// came to: it was accepted once, and must not be undone or accepted again. A later flush tries again and tells.
+func (im *Image) settle() error {
+	if err := im.discipline.settle(); err != nil {
+		return im.failed()
+	}
+	return nil
+}
+
+// pin returns the cached slice of an L2 table at start; it stays cached until it is unpinned. The caller holds
+// no lock but guest ranges.
+func (im *Image) pin(start hostOff) (*tableSlice, error) {
+	for {
+		s, err := im.tables.pin(start)
+		if err != errCacheFull {
+			return s, err
+		}
+		if err := im.discipline.writeback(); err != nil {
+			return nil, err
+		}
+	}
 }
 
 // collectTables copies all changed sectors of L1 and L2 tables to a batch and tells which barrier must have
@@ -544,8 +594,10 @@ type headerField struct{ from, to int }
 
 var (
 	fieldSize          = headerField{24, 32}
+	fieldDisk          = headerField{24, 48} // size and L1 table
 	fieldL1            = headerField{36, 48}
 	fieldRefcountTable = headerField{48, 60}
+	fieldSnapshots     = headerField{60, 72}
 	fieldFeatures      = headerField{72, 96}
 )
 

@@ -21,9 +21,11 @@ type journal struct {
 
 	// Guarded by Image.mu: the transaction that is being collected.
 	tx    *transaction
+	op    operation  // the long operation that is under way
 	need  generation // barrier that it owes
 	freed []hostRun  // clusters that it freed
 
+	logged      uint64             // file size in bytes that the log knows of
 	tableDirty  map[hostOff]uint64 // words of the refcount table that are not in their place
 	headerDirty bool
 	stamp       generation // when the newest superblock was written
@@ -34,6 +36,7 @@ type journal struct {
 	ext       JournalExtension
 	super     superblock // newest written
 	head      uint64     // next lsn
+	began     uint64     // head when the newest checkpoint began
 	tail      uint64     // of the newest superblock that is known to be durable
 	durable   uint64     // every block with a smaller lsn is durable
 	nextTx    uint64
@@ -68,7 +71,8 @@ func (d *journal) log(at hostOff, word uint64) { d.tx.words[at] = word }
 
 func (d *journal) accept(u *update) error {
 	im := d.im
-	ready, err := im.linkUses(u)
+	// Growth of the file needs no waiting for: the transaction says how long the file has to be.
+	_, err := im.linkUses(u)
 	if err != nil {
 		return err
 	}
@@ -80,7 +84,7 @@ func (d *journal) accept(u *update) error {
 	for i, w := range u.words {
 		d.log(at+hostOff((u.first+int64(i))*8), w)
 	}
-	d.need = max(d.need, u.exposes, ready)
+	d.need = max(d.need, u.exposes)
 	return d.release(u.releases)
 }
 
@@ -150,12 +154,24 @@ func (d *journal) changeHeader(f headerField, releases []hostRun) error {
 	return d.release(releases)
 }
 
+// progress makes the state of a long operation part of the transaction. The table that it names was written past
+// the journal.
+func (d *journal) progress(o operation) {
+	d.op = o
+	state := o.encode()
+	d.tx.opstate = &state
+	d.need = max(d.need, d.im.gen)
+}
+
+// full keeps a transaction, and what one request may still add to it, far below what the ring can hold.
+func (d *journal) full() bool { return d.tx.bound(int(d.ext.blockSize())) > d.ringBlocks()/8 }
+
 // settle commits a transaction that has become large, and writes tables to their places when they crowd the
 // cache.
 func (d *journal) settle() error {
 	im := d.im
 	im.mu.Lock()
-	large := d.tx.bound(int(d.ext.blockSize())) > d.ringBlocks()/8 || int64(len(d.freed)) > im.alloc.maxBatch
+	large := d.full() || int64(len(d.freed)) > im.alloc.maxBatch
 	crowded := int64(len(im.dirtySlices))*im.tables.bytes > im.tables.capacity()*3/4
 	im.mu.Unlock()
 	switch {
@@ -211,19 +227,22 @@ func (d *journal) commit(checkpoint bool) error {
 		return err
 	}
 	im.mu.Lock()
-	if err := im.alloc.topUp(); err != nil {
+	if d.running && d.head-d.began+d.tx.bound(int(d.ext.blockSize())) > d.ext.ringBlocks()/2 {
+		// Half the ring has to be free when the next checkpoint begins: what is in use then stays in use until
+		// that one has ended.
+		im.mu.Unlock()
+		d.inPlace.Wait()
+		im.mu.Lock()
+	}
+	if err := d.prepare(); err != nil {
 		im.mu.Unlock()
 		return err
 	}
+	if end := uint64(im.alloc.end.Load()); !d.tx.empty() && end > d.logged {
+		d.tx.size, d.logged = end, end
+	}
 	tx, need, freed := d.tx, d.need, d.freed
 	d.tx, d.need, d.freed = newTransaction(), 0, nil
-	if !tx.empty() && !d.live {
-		// The first transaction of a session: the header changes with the journal's extension.
-		if err := d.begin(); err != nil {
-			im.mu.Unlock()
-			return err
-		}
-	}
 	d.advanceTail()
 	used := d.head - d.tail + tx.bound(int(d.ext.blockSize()))
 	var places *tableState
@@ -257,6 +276,7 @@ func (d *journal) commit(checkpoint bool) error {
 	d.recycle(freed)
 	if places != nil {
 		head, tx := d.head, d.nextTx
+		d.began = head
 		run := func() { d.checkpoint(places, head, tx) }
 		if im.opts.Mutant == MutantRingEarly {
 			d.delayed = run // the wrong order shows only if the ring is full when the checkpoint ends
@@ -265,6 +285,19 @@ func (d *journal) commit(checkpoint bool) error {
 		d.inPlace.Go(run)
 	}
 	return nil
+}
+
+// prepare sets clusters aside for what comes and, for the first transaction, begins the session. Where that
+// fails for want of space the transaction stays, and the next commit tries again. The caller holds Image.mu.
+func (d *journal) prepare() error {
+	d.im.alloc.topUp()
+	if err := d.im.failed(); err != nil {
+		return err
+	}
+	if d.tx.empty() || d.live {
+		return nil
+	}
+	return d.begin()
 }
 
 // checkpointAt is the number of blocks in use at which a checkpoint starts: early enough that commits go on
@@ -374,12 +407,13 @@ func (d *journal) makeRoom() error {
 type tableState struct {
 	writes writeBatch
 	slices []*tableSlice
+	op     operation // under way at that commit
 }
 
 // collect copies everything that is not in its place. The caller holds Image.mu.
 func (d *journal) collect() *tableState {
 	im := d.im
-	c := &tableState{}
+	c := &tableState{op: d.op}
 	im.collectTables(&c.writes, &c.slices)
 	im.alloc.refs.collect(&c.writes)
 	for at, word := range d.tableDirty {
@@ -417,7 +451,7 @@ func (d *journal) checkpoint(c *tableState, head, tx uint64) {
 	}
 	// The superblock before this one was written before that barrier: the two never fail together.
 	d.super.generation++
-	d.super.tail, d.super.tailTx = head, tx
+	d.super.tail, d.super.tailTx, d.super.opstate = head, tx, c.op.encode()
 	if d.writeSuper() != nil {
 		return
 	}
@@ -467,7 +501,7 @@ func (d *journal) begin() error {
 	if err := d.identify(d.super.session[:]); err != nil {
 		return err
 	}
-	d.head, d.tail, d.durable, d.nextTx = 1, 1, 1, 1
+	d.head, d.began, d.tail, d.durable, d.nextTx = 1, 1, 1, 1, 1
 	if err := im.writeMetadata(make([]byte, d.ext.blockSize()), hostOff(d.ext.Offset)); err != nil {
 		return err
 	}
@@ -487,6 +521,25 @@ func (d *journal) begin() error {
 	return nil
 }
 
+// resume starts a session in the place of one that a crash ended, with an operation under way. Everything in the
+// log of that session is in its place, durably.
+func (d *journal) resume(l *journalLog, o operation) error {
+	im := d.im
+	d.ext, d.super, d.op = l.ext, l.super, o
+	if err := d.identify(d.super.session[:]); err != nil {
+		return err
+	}
+	d.super.generation++
+	d.super.tail, d.super.tailTx, d.super.opstate = l.end, l.super.tailTx+uint64(l.pending), o.encode()
+	d.head, d.tail, d.durable, d.nextTx = l.end, l.end, l.end, d.super.tailTx
+	d.live = true
+	im.alloc.journal = hostRun{start: im.geo.clusterOf(hostOff(d.ext.Offset)), n: im.geo.clustersFor(int64(d.ext.Size))}
+	if err := d.writeSuper(); err != nil {
+		return err
+	}
+	return im.syncFiles()
+}
+
 // identify makes a random identity.
 func (d *journal) identify(id []byte) error {
 	if d.im.opts.Mutant == MutantSameSession {
@@ -500,6 +553,7 @@ func (d *journal) identify(id []byte) error {
 // next time it is opened for writing.
 func (d *journal) close() error {
 	im := d.im
+	defer d.inPlace.Wait() // the file is about to be closed, whatever happens here
 	if err := d.flush(); err != nil {
 		return err
 	}

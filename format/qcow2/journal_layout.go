@@ -217,6 +217,7 @@ const (
 	recordNote    = 5
 
 	recordOptional = 128 // types from here on may be skipped by those who do not know them
+	recordSize     = 128 // the image file has at least target bytes; so no pointer leads past its end after a replay
 )
 
 // record is a decoded journal record.
@@ -249,7 +250,7 @@ func decodeRecords(payload []byte) ([]record, error) {
 			if r.length%8 != 0 || r.length > 1<<31 {
 				return nil, fmt.Errorf("fill of %d bytes: want a multiple of 8, at most %d", r.length, 1<<31)
 			}
-		case recordRevoke:
+		case recordRevoke, recordSize:
 			want = 0
 		case recordOpstate:
 			want = opstateSize
@@ -280,6 +281,7 @@ type transaction struct {
 	words   map[hostOff]uint64 // by host offset, a multiple of 8
 	revokes []hostRun          // clusters of tables that are not in use any more
 	opstate *[opstateSize]byte
+	size    uint64 // of the file in bytes, if it grew since the transaction before; 0: it did not
 }
 
 func (t *transaction) empty() bool {
@@ -346,6 +348,9 @@ func (t *transaction) pack(blockSize int, clusterBits uint) *ringWriter {
 		}
 		i = j
 	}
+	if t.size != 0 {
+		w.add(w.room(0), recordSize, 0, t.size, nil)
+	}
 	if t.opstate != nil {
 		w.add(w.room(opstateSize), recordOpstate, opstateSize, 0, t.opstate[:])
 	}
@@ -355,6 +360,6 @@ func (t *transaction) pack(blockSize int, clusterBits uint) *ringWriter {
 // bound is the most blocks that the transaction may need.
 func (t *transaction) bound(blockSize int) uint64 {
 	payload := blockSize - ringHeaderSize - recordHeaderSize - opstateSize
-	bytes := len(t.words)*(recordHeaderSize+8) + len(t.revokes)*recordHeaderSize + recordHeaderSize + opstateSize
+	bytes := len(t.words)*(recordHeaderSize+8) + len(t.revokes)*recordHeaderSize + 2*recordHeaderSize + opstateSize
 	return uint64(bytes/payload + 1)
 }

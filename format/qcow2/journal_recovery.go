@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -20,6 +21,8 @@ type journalLog struct {
 	end     uint64 // lsn after the last complete transaction
 	pending int    // complete transactions
 	revokes []revoked
+	size    uint64            // bytes that the file has to have
+	opstate [opstateSize]byte // as of the last complete transaction
 }
 
 // revoked is a range whose records of smaller lsn do not count.
@@ -40,6 +43,7 @@ func scanJournal(f storage.File, h *Header) (*journalLog, error) {
 		return nil, err
 	}
 	lsn, tx := l.super.tail, l.super.tailTx
+	l.opstate = l.super.opstate
 	limit := l.super.tail + l.super.blocks
 	buf := make([]byte, l.ext.blockSize())
 	for lsn < limit {
@@ -90,6 +94,7 @@ func (l *journalLog) read(buf []byte, lsn uint64) (ringHeader, bool, error) {
 func (l *journalLog) scanTransaction(buf []byte, lsn, tx, limit uint64) (uint64, error) {
 	count := uint64(1)
 	var revokes []revoked
+	opstate, size := l.opstate, l.size
 	for i := uint64(0); i < count; i++ {
 		h, ok, err := l.read(buf, lsn+i)
 		if err != nil {
@@ -106,12 +111,20 @@ func (l *journalLog) scanTransaction(buf []byte, lsn, tx, limit uint64) (uint64,
 			return 0, l.damaged(lsn+i, err.Error())
 		}
 		for _, r := range records {
-			if r.kind == recordRevoke {
+			switch r.kind {
+			case recordRevoke:
 				revokes = append(revokes, revoked{from: r.target, to: r.target + uint64(r.length), lsn: lsn + i})
+			case recordOpstate:
+				opstate = [opstateSize]byte(r.body)
+			case recordSize:
+				size = max(size, r.target)
 			}
 		}
 	}
-	l.revokes = append(l.revokes, revokes...)
+	if size > maxHostOffset {
+		return 0, l.damaged(lsn, fmt.Sprintf("a record for a file of %d bytes", size))
+	}
+	l.revokes, l.opstate, l.size = append(l.revokes, revokes...), opstate, size
 	return count, nil
 }
 
@@ -256,10 +269,53 @@ func recoverJournal(f storage.File, h *Header, m Mutant) error {
 	if err := batch.write(f); err != nil {
 		return fmt.Errorf("%s: apply the metadata journal: %w", f.Name(), err)
 	}
+	if size, err := f.Size(); err != nil {
+		return fmt.Errorf("%s: apply the metadata journal: %w", f.Name(), err)
+	} else if size < int64(l.size) {
+		if err := f.Truncate(int64(l.size)); err != nil {
+			return fmt.Errorf("%s: apply the metadata journal: %w", f.Name(), err)
+		}
+	}
 	if err := f.Sync(); err != nil {
 		return fmt.Errorf("%s: apply the metadata journal: %w", f.Name(), err)
 	}
+	g := newGeometry(h)
+	if o, ok := decodeOperation(l.opstate, &g); ok && h.Incompatible&(IncompatDirty|IncompatCorrupt) == 0 && m != MutantOpstateIgnored {
+		return l.resume(o, m)
+	}
 	return endJournal(f)
+}
+
+// resume finishes, or undoes, the operation that a crash interrupted, in a session of the journal that goes on
+// where the log ends: a crash in the middle leaves it to be resumed again. Everything in the log is in its place.
+func (l *journalLog) resume(o operation, m Mutant) error {
+	h, err := ReadHeader(l.file)
+	if err != nil {
+		return err
+	}
+	f := &lentFile{File: l.file, returned: func() {}}
+	size, err := f.Size()
+	if err != nil {
+		return fmt.Errorf("%s: %w", l.name, err)
+	}
+	im := makeImage(f, h, Options{Discipline: Journal, NoBacking: true, Mutant: m})
+	err = im.openTables(size)
+	if err == nil {
+		err = im.openForWriting(size)
+	}
+	var damaged *FormatError
+	if errors.As(err, &damaged) {
+		return endJournal(l.file) // a damaged image can still be repaired; what was under way is a leak then
+	} else if err != nil {
+		return err
+	}
+	if err := im.discipline.(*journal).resume(l, o); err != nil {
+		return err
+	}
+	if err := im.finishOperation(o); err != nil && im.failed() != nil {
+		return err
+	}
+	return im.Close() // an operation that cannot be finished leaves leaks
 }
 
 // endJournal clears the journal's feature bit durably. Everything in the journal is in its place.
@@ -302,6 +358,7 @@ func journalOverlay(f storage.File, h *Header) (storage.File, int, error) {
 	for at := range changed {
 		size = max(size, at+sectorSize)
 	}
+	size = max(size, int64(l.size))
 	return &overlayFile{File: f, changed: changed, size: size}, l.pending, nil
 }
 

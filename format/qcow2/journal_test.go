@@ -42,6 +42,12 @@ func TestJournalCrash(t *testing.T) {
 		t.Errorf("qemu-img info: exit %d, %q; want a refusal by the feature's name", code, stderr)
 	}
 
+	notes := ""
+	res, err := Check(w.file, CheckOptions{Report: func(f Finding) { notes += f.Message + "\n" }})
+	if err != nil || !res.Clean() || !strings.Contains(notes, "transactions pending") {
+		t.Errorf("check of the crashed image: %+v, %v, %q; want nothing wrong and the pending transactions named", res, err, notes)
+	}
+
 	before := loadImage(t, path)
 	ro, err := Open(keepOpen{before}, Options{ReadOnly: true, Backing: w.backing})
 	if err != nil {
@@ -137,5 +143,44 @@ func TestJournalCost(t *testing.T) {
 	t.Logf("journal: an allocating write and a flush: %.4f syncs, %.3f writes, %d bytes", syncs, float64(f.writes.Load())/n, f.bytes.Load()/n)
 	if syncs > 1.05 {
 		t.Errorf("%.4f syncs an allocating write and flush, want 1", syncs)
+	}
+}
+
+// TestJournalRepaired: check -r replays the journal; one that cannot be read is refused unless it is discarded.
+func TestJournalRepaired(t *testing.T) {
+	for _, broken := range []bool{false, true} {
+		w := journalWorld(t, modelConfig{create: CreateOptions{Size: 1 << 20, ClusterSize: 4096}})
+		r := rand.New(rand.NewPCG(8, 8))
+		for range 60 {
+			w.step(t, r)
+		}
+		if err := w.im.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		h, err := ReadHeader(w.file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if broken {
+			if _, err := w.file.WriteAt(make([]byte, 2<<h.Journal.BlockOrder), int64(h.Journal.Offset)); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := Check(w.file, CheckOptions{Repair: RepairAll}); err == nil {
+				t.Error("a journal without a superblock was repaired")
+			}
+		}
+		res, err := Check(w.file, CheckOptions{Repair: RepairAll, DiscardJournal: broken})
+		if err != nil || !res.Clean() {
+			t.Fatalf("repair: %+v, %v", res, err)
+		}
+		if broken {
+			continue // what the journal held is lost
+		}
+		w.open(t)
+		w.verify(t, 0, int64(len(w.want)))
+		if err := w.im.Close(); err != nil {
+			t.Fatal(err)
+		}
+		w.judge(t, t)
 	}
 }

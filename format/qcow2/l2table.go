@@ -12,17 +12,19 @@ import (
 // ownL2 makes sure that the L2 table that maps off exists and belongs to the active tree alone, so that its
 // words may change. The caller holds a guest range of the table exclusively and no other lock.
 func (im *Image) ownL2(off guestOff) error {
-	i := im.geo.l1Index(off)
-	if e := im.l1.Load().entry(i); e.copied() && e.offset() != 0 {
-		return nil
+	at, _, e, err := im.l2Word(off)
+	if err != nil || at != 0 && e.copied() {
+		return err
 	}
-	im.mu.Lock()
-	err := im.ownL2Locked(i)
+	if err := im.lockForUpdate(); err != nil {
+		return err
+	}
+	err = im.ownL2Locked(im.geo.l1Index(off))
 	im.mu.Unlock()
 	if err != nil {
 		return err
 	}
-	return im.discipline.settle()
+	return im.settle()
 }
 
 func (im *Image) ownL2Locked(i int64) error {
@@ -51,6 +53,9 @@ func (im *Image) ownL2Locked(i int64) error {
 	}
 	im.dropTable(at) // what the cluster held when it was a table before
 	im.guard.add(fresh.start)
+	if e.offset() != 0 {
+		im.guard.remove(im.geo.clusterOf(e.offset()))
+	}
 	if err := im.discipline.accept(&u); err != nil {
 		return im.fail(err)
 	}

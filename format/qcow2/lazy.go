@@ -25,6 +25,17 @@ func (d *lazy) accept(u *update) error { return d.take(u) }
 
 func (d *lazy) settle() error { return d.bound() }
 
+// settleCounts makes the dirty bit durable: the counts that the header is going to rely on are not.
+func (d *lazy) settleCounts() error {
+	d.commits.Lock()
+	err := d.mark()
+	d.commits.Unlock()
+	if err != nil {
+		return err
+	}
+	return d.flush()
+}
+
 // mark sets the dirty bit durably, and the lazy refcounts bit that records the choice.
 func (d *lazy) mark() error {
 	if d.marked {

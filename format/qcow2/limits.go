@@ -34,6 +34,8 @@ const (
 	maxBitmapTableEntries    = 0x8000000
 	maxBitmapBytes           = 512 << 20
 
+	maxHostOffset = 1 << 56 // bytes; qcow2 specification: 47 bits of cluster-aligned host offset in an entry
+
 	maxL1Index       = math.MaxInt32 // index of the L1 entry that maps the disk's last byte
 	maxCheckClusters = math.MaxInt32 // host clusters of an image that can be checked
 )

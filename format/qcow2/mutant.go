@@ -7,22 +7,25 @@ import "fmt"
 type Mutant string
 
 const (
-	MutantHistorical    Mutant = "historical-order"     // release the old count, link the table, then write the data
-	MutantLinkFirst     Mutant = "link-before-data"     // the entry is durable before the data is written
-	MutantReuseEarly    Mutant = "reuse-before-unlink"  // a released cluster is handed out at once
-	MutantNoCopyUp      Mutant = "no-copy-up-barrier"   // nothing waits for copied-up data
-	MutantLowerEarly    Mutant = "lower-before-unlink"  // counts are lowered before the unlink is durable
-	MutantPunchEarly    Mutant = "punch-before-unlink"  // space is given back before the unlink is durable
-	MutantDirtyLate     Mutant = "dirty-bit-late"       // lazy: the dirty bit follows the words it announces
-	MutantDirtyEarly    Mutant = "dirty-bit-early"      // lazy: the dirty bit is cleared before the counts are written
-	MutantLazyNoBarrier Mutant = "lazy-no-data-barrier" // lazy: words do not wait for the data they expose
-	MutantNoB1          Mutant = "journal-no-data-barrier"
-	MutantJournalReuse  Mutant = "journal-immediate-reuse"
-	MutantNoWAL         Mutant = "journal-no-wal"                // tables are written in place before the log
-	MutantNoCheckpointB Mutant = "journal-no-checkpoint-barrier" // the tail moves before the tables are durable
-	MutantRingEarly     Mutant = "journal-early-ring-reuse"      // ring space is reused before the superblock is durable
-	MutantSameSession   Mutant = "journal-constant-session"      // every session has the same identity
-	MutantRevokeIgnored Mutant = "journal-revoke-ignored"        // records of freed tables are replayed
+	MutantHistorical     Mutant = "historical-order"     // release the old count, link the table, then write the data
+	MutantLinkFirst      Mutant = "link-before-data"     // the entry is durable before the data is written
+	MutantReuseEarly     Mutant = "reuse-before-unlink"  // a released cluster is handed out at once
+	MutantNoCopyUp       Mutant = "no-copy-up-barrier"   // nothing waits for copied-up data
+	MutantLowerEarly     Mutant = "lower-before-unlink"  // counts are lowered before the unlink is durable
+	MutantPunchEarly     Mutant = "punch-before-unlink"  // space is given back before the unlink is durable
+	MutantDirtyLate      Mutant = "dirty-bit-late"       // lazy: the dirty bit follows the words it announces
+	MutantDirtyEarly     Mutant = "dirty-bit-early"      // lazy: the dirty bit is cleared before the counts are written
+	MutantLazyNoBarrier  Mutant = "lazy-no-data-barrier" // lazy: words do not wait for the data they expose
+	MutantNoB1           Mutant = "journal-no-data-barrier"
+	MutantJournalReuse   Mutant = "journal-immediate-reuse"
+	MutantNoWAL          Mutant = "journal-no-wal"                // tables are written in place before the log
+	MutantNoCheckpointB  Mutant = "journal-no-checkpoint-barrier" // the tail moves before the tables are durable
+	MutantRingEarly      Mutant = "journal-early-ring-reuse"      // ring space is reused before the superblock is durable
+	MutantSameSession    Mutant = "journal-constant-session"      // every session has the same identity
+	MutantRevokeIgnored  Mutant = "journal-revoke-ignored"        // records of freed tables are replayed
+	MutantOpstateIgnored Mutant = "journal-opstate-ignored"       // recovery does not finish what was under way
+	MutantStaleCopied    Mutant = "stale-copied-on-apply"         // an applied tree has the COPIED bits of before
+	MutantInPlaceL1      Mutant = "in-place-l1"                   // a snapshot is applied over the active L1 table
 )
 
 // Mutants lists the wrong orders that Options.Mutant takes and the disciplines that each applies to.
@@ -33,7 +36,8 @@ func Mutants() map[Mutant][]string {
 		MutantLowerEarly: {Synchronous, Ordered}, MutantPunchEarly: inPlace,
 		MutantDirtyLate: {Lazy}, MutantDirtyEarly: {Lazy}, MutantLazyNoBarrier: {Lazy},
 		MutantNoB1: {Journal}, MutantJournalReuse: {Journal}, MutantNoWAL: {Journal}, MutantNoCheckpointB: {Journal},
-		MutantRingEarly: {Journal}, MutantSameSession: {Journal}, MutantRevokeIgnored: {Journal},
+		MutantRingEarly: {Journal}, MutantSameSession: {Journal}, MutantRevokeIgnored: {Journal}, MutantOpstateIgnored: {Journal},
+		MutantStaleCopied: {Synchronous, Ordered}, MutantInPlaceL1: inPlace,
 	}
 }
 

@@ -156,14 +156,19 @@ func (im *Image) completePartials() error {
 	}
 	for _, at := range im.partials.all() {
 		hold := im.locks.lock(int64(at), int64(at)+im.geo.clusterSize, true)
-		var err error
-		if p := im.partials.get(at); p != nil {
-			err = im.link(p)
-		}
+		err := im.completePartial(at)
 		im.locks.unlock(hold)
 		if err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+// completePartial is completePartials for one cluster, which the caller holds exclusively.
+func (im *Image) completePartial(at guestOff) error {
+	if p := im.partials.get(at); p != nil {
+		return im.link(p)
 	}
 	return nil
 }

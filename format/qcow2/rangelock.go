@@ -16,6 +16,7 @@ import (
 // holder turns the shard to the slow mode, waits until those unrecorded holders are gone, and from then on
 // ranges are recorded under the shard's mutex until no exclusive holder is left.
 type rangeLock struct {
+	ids    atomic.Uint64 // of recorded holders
 	shards [rangeShards]rangeShard
 }
 
@@ -31,8 +32,7 @@ type rangeShard struct {
 	mu    sync.Mutex
 	free  sync.Cond
 	queue []heldRange // in order of arrival; an entry holds once no earlier one conflicts
-	next  uint64
-	_     [40]byte // keep neighbours off this shard's cache line
+	_     [48]byte    // keep neighbours off this shard's cache line
 }
 
 type heldRange struct {
@@ -45,6 +45,7 @@ type heldRange struct {
 type rangeHold struct {
 	from, to  int64
 	fast      uint64 // bit i: shard i is held by its counter only
+	id        uint64 // in the queues of the other shards
 	exclusive bool
 }
 
@@ -75,6 +76,9 @@ func (l *rangeLock) lock(from, to int64, exclusive bool) rangeHold {
 		if !exclusive && s.fastLock() {
 			h.fast |= 1 << i
 			continue
+		}
+		if h.id == 0 {
+			h.id = l.ids.Add(1)
 		}
 		s.slowLock(h)
 	}
@@ -127,8 +131,7 @@ func (s *rangeShard) fastUnlock() {
 func (s *rangeShard) slowLock(h rangeHold) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	me := heldRange{from: h.from, to: h.to, id: s.next, exclusive: h.exclusive}
-	s.next++
+	me := heldRange{from: h.from, to: h.to, id: h.id, exclusive: h.exclusive}
 	s.queue = append(s.queue, me)
 	if h.exclusive {
 		s.state.Add(slowUnit)
@@ -159,9 +162,7 @@ func (s *rangeShard) slowUnlock(h rangeHold) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for i := range s.queue {
-		// Equal ranges of equal mode are interchangeable, but only one that already holds may go: the
-		// earliest of them, because holders precede waiters among equals.
-		if q := &s.queue[i]; q.from == h.from && q.to == h.to && q.exclusive == h.exclusive {
+		if s.queue[i].id == h.id { // of two equal ranges the other may belong to one that has yet to wake up
 			s.queue = append(s.queue[:i], s.queue[i+1:]...)
 			break
 		}

@@ -28,6 +28,9 @@ type refcounts struct {
 	limit      int // pieces
 	last       *refPiece
 
+	// store writes metadata to its place.
+	store func(p []byte, at hostOff) error
+
 	// log, if it is set, is told every change, as the aligned 8 bytes of a block that hold it; nothing is
 	// written to its place then but by collect.
 	log func(at hostOff, word uint64)
@@ -187,8 +190,8 @@ func (r *refcounts) forget(p *refPiece) {
 func (r *refcounts) write(p *refPiece) error {
 	for p.dirty != 0 {
 		from, n := sectorRun(p.dirty)
-		if _, err := r.file.WriteAt(p.data[from*sectorSize:(from+n)*sectorSize], int64(p.at)+int64(from)*sectorSize); err != nil {
-			return fmt.Errorf("%s: refcount block piece at offset %#x: %w", r.file.Name(), p.at, err)
+		if err := r.store(p.data[from*sectorSize:(from+n)*sectorSize], p.at+hostOff(from*sectorSize)); err != nil {
+			return err
 		}
 		p.dirty &^= (1<<n - 1) << from
 	}

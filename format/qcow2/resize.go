@@ -53,20 +53,27 @@ func (im *Image) changeSize(size int64) error {
 }
 
 func (im *Image) checkResize(size int64) error {
-	h, old := im.header, im.size.Load()
+	old := im.size.Load()
 	need := im.geo.l1Needed(size)
 	switch {
 	case size < 0 || size%sectorSize != 0:
 		return fmt.Errorf("%s: The new size must be a multiple of 512, not %d", im.file.Name(), size)
-	case h.Version < 3 && h.NbSnapshots > 0:
-		return fmt.Errorf("%s: Can't resize a v2 image which has snapshots", im.file.Name())
-	case h.Bitmaps != nil:
-		return fmt.Errorf("%s: Cannot resize qcow2 with persistent bitmaps", im.file.Name())
 	case size < old:
 		return fmt.Errorf("%s: shrinking from %d to %d bytes: %w", im.file.Name(), old, size, errors.ErrUnsupported)
 	case need*8 > maxL1Bytes || need > maxL1Index:
 		return fmt.Errorf("%s: The image size is too large: %d bytes need %d L1 entries, at most %d fit",
 			im.file.Name(), size, need, maxL1Bytes/8)
+	}
+	return im.checkChangeOfSize()
+}
+
+// checkChangeOfSize refuses to change the size of a disk that something else in the image depends on.
+func (im *Image) checkChangeOfSize() error {
+	switch h := im.header; {
+	case h.Version < 3 && h.NbSnapshots > 0:
+		return fmt.Errorf("%s: Can't resize a v2 image which has snapshots", im.file.Name())
+	case h.Bitmaps != nil:
+		return fmt.Errorf("%s: Cannot resize qcow2 with persistent bitmaps", im.file.Name())
 	}
 	return nil
 }
@@ -226,37 +233,55 @@ func (im *Image) growL1(need int64) error {
 	if err := im.discipline.flush(); err != nil {
 		return err
 	}
-	grown, err := im.newL1(old, need)
+	im.mu.Lock()
+	grown, run, err := im.newL1(old.words, need)
+	im.mu.Unlock()
 	if err != nil {
 		return err
 	}
 	if err := im.discipline.settleCounts(); err != nil {
+		im.giveBack(run)
 		return err
 	}
 	im.mu.Lock()
 	defer im.mu.Unlock()
+	if _, err := im.alloc.link(run); err != nil {
+		return im.fail(err)
+	}
 	im.header.L1Offset, im.header.L1Size = uint64(grown.at), uint32(need)
 	im.l1.Store(grown)
 	im.guard.place(im)
-	return im.discipline.changeHeader(fieldL1, []hostRun{{
-		start: im.geo.clusterOf(old.at), n: im.geo.clustersFor(int64(len(old.words)) * 8), table: true,
-	}})
+	return im.discipline.changeHeader(fieldL1, []hostRun{im.l1Area(old)})
 }
 
-// newL1 writes a copy of an L1 table with need entries to clusters of its own.
-func (im *Image) newL1(old *l1Table, need int64) (*l1Table, error) {
-	im.mu.Lock()
-	defer im.mu.Unlock()
-	clusters := im.geo.clustersFor(need * 8)
-	start, err := im.alloc.contiguous(clusters)
+// l1Area is the clusters that an L1 table lies in.
+func (im *Image) l1Area(t *l1Table) hostRun {
+	return hostRun{start: im.geo.clusterOf(t.at), n: im.geo.clustersFor(int64(len(t.words)) * 8), table: true}
+}
+
+// newL1 writes an L1 table with the given words, and n entries in all, to clusters that the caller is to link.
+// The caller holds mu.
+func (im *Image) newL1(words []uint64, n int64) (*l1Table, freeRun, error) {
+	t := &l1Table{words: make([]uint64, n)}
+	raw := make([]byte, 0, n*8)
+	for i := range t.words {
+		if i < len(words) {
+			t.words[i] = atomic.LoadUint64(&words[i])
+		}
+		raw = binary.BigEndian.AppendUint64(raw, t.words[i])
+	}
+	run, err := im.writeTable(raw)
+	t.at = im.geo.offsetOf(run.start)
+	return t, run, err
+}
+
+// writeTable writes a table of one piece to clusters that the caller is to link. The caller holds mu.
+func (im *Image) writeTable(raw []byte) (freeRun, error) {
+	run, err := im.alloc.contiguous(im.geo.clustersFor(int64(len(raw))))
 	if err != nil {
-		return nil, err
+		return freeRun{}, err
 	}
-	grown := &l1Table{at: im.geo.offsetOf(start), words: make([]uint64, need)}
-	raw := make([]byte, clusters<<im.geo.clusterBits)
-	for i := range old.words {
-		grown.words[i] = atomic.LoadUint64(&old.words[i])
-		binary.BigEndian.PutUint64(raw[i*8:], grown.words[i])
-	}
-	return grown, im.writeMetadata(raw, grown.at)
+	whole := make([]byte, run.n<<im.geo.clusterBits)
+	copy(whole, raw)
+	return run, im.writeMetadata(whole, im.geo.offsetOf(run.start))
 }

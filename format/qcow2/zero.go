@@ -213,6 +213,7 @@ func (im *Image) zeroSlice(off guestOff, n int64, mode zeroMode) error {
 	start := g.clusterStart(off)
 	end := off + guestOff(n)
 	var u update
+	var covered []guestOff // whole clusters; what was written on top of them is dropped once they are zeros
 	for at := start; at < end; at += guestOff(g.clusterSize) {
 		from := max(int64(off), int64(at)) - int64(at)
 		to := min(int64(end)-int64(at), g.clusterSize)
@@ -224,7 +225,7 @@ func (im *Image) zeroSlice(off guestOff, n int64, mode zeroMode) error {
 			return err
 		}
 		if whole := to-from == g.clusterSize; whole {
-			im.abandonPartial(at)
+			covered = append(covered, at)
 		} else if part := im.partials.get(at); part != nil || old.entry.compressed() {
 			if err := im.zeroPart(part, at, from, to); err != nil {
 				return err
@@ -243,7 +244,13 @@ func (im *Image) zeroSlice(off guestOff, n int64, mode zeroMode) error {
 	if err != nil {
 		return err
 	}
-	return im.apply(word, u)
+	if err := im.apply(word, u); err != nil {
+		return err
+	}
+	for _, at := range covered {
+		im.abandonPartial(at)
+	}
+	return nil
 }
 
 // zeroPart prepares a cluster for zeroing some of its subclusters by their bits: what is written on top of it

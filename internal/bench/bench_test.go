@@ -62,6 +62,56 @@ func TestEngine(t *testing.T) {
 	}
 }
 
+// withoutSync spares the test the time of the barriers; they are counted above it.
+type withoutSync struct{ storage.File }
+
+func (withoutSync) Sync() error { return nil }
+
+// TestTargets holds the engine to what an operation may cost. None of these numbers depends on the machine.
+func TestTargets(t *testing.T) {
+	const none = 0.02 // a test is not alone in its process: the runtime allocates a little now and then
+	for _, tc := range []struct {
+		workload                   string
+		writes, syncs, allocations float64 // most an operation; negative: not held to anything
+	}{
+		{"read-4k", 0, 0, none},
+		{"overwrite-4k", 1.001, 0.001, none},
+		{"alloc-flush-4k", 2.2, 1.05, -1},
+		{"seq-read-1m", 0, 0, none},
+	} {
+		t.Run(tc.workload, func(t *testing.T) {
+			w, err := Select([]string{tc.workload})
+			if err != nil {
+				t.Fatal(err)
+			}
+			scratch := &Scratch{Dir: t.TempDir(), Fill: 16 << 20}
+			o := Options{Depth: 1, Operations: 2000, Seed: 1}
+			name, err := scratch.Make(t.Context(), w[0], o)
+			if err != nil {
+				t.Fatal(err)
+			}
+			e, err := OpenImage(t.Context(), name, image.Options{Format: "qcow2",
+				Wrap: func(f storage.File) storage.File { return withoutSync{f} }})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer e.Close()
+			r, err := Run(t.Context(), e, w[0], o, e.Meter())
+			if err != nil {
+				t.Fatal(err)
+			}
+			j := r.report()
+			if *j.WriteCallsPerOp > tc.writes || *j.SyncsPerOp > tc.syncs {
+				t.Errorf("%.3f write calls and %.3f fdatasyncs an operation, at most %.3f and %.3f are allowed",
+					*j.WriteCallsPerOp, *j.SyncsPerOp, tc.writes, tc.syncs)
+			}
+			if !raceEnabled && tc.allocations >= 0 && *j.AllocationsPerOp > tc.allocations {
+				t.Errorf("%.3f heap allocations an operation, at most %.3f are allowed", *j.AllocationsPerOp, tc.allocations)
+			}
+		})
+	}
+}
+
 func TestSelect(t *testing.T) {
 	all, err := Select(nil)
 	if err != nil || len(all) != len(Workloads()) {

@@ -16,10 +16,16 @@ type Engine struct {
 	counts counts
 }
 
-// OpenImage opens an image by name.
+// OpenImage opens an image by name. The counter sees what the engine does, before o.Wrap if there is one.
 func OpenImage(ctx context.Context, name string, o image.Options) (*Engine, error) {
 	e := &Engine{}
-	o.Wrap = func(f storage.File) storage.File { return counter{f, &e.counts} }
+	below := o.Wrap
+	o.Wrap = func(f storage.File) storage.File {
+		if below != nil {
+			f = below(f)
+		}
+		return counter{f, &e.counts}
+	}
 	img, err := image.Open(ctx, name, o)
 	if err != nil {
 		return nil, err

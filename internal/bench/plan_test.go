@@ -7,8 +7,8 @@ import (
 	"pgregory.net/rapid"
 )
 
-// layout draws a disk: consecutive runs of every kind, with lengths that are no multiples of anything.
-func layout(t *rapid.T) []Span {
+// drawDisk draws a disk: consecutive runs of every kind, with lengths that are no multiples of anything.
+func drawDisk(t *rapid.T) []Span {
 	var spans []Span
 	at := int64(0)
 	for range rapid.IntRange(0, 12).Draw(t, "runs") {
@@ -43,7 +43,7 @@ func inside(spans []Span, off, n int64, kind Space) bool {
 func TestPlan(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		w := rapid.SampledFrom(Workloads()).Draw(t, "workload")
-		spans := layout(t)
+		spans := drawDisk(t)
 		unit := int64(4096) << rapid.IntRange(0, 6).Draw(t, "unit")
 		operations := rapid.IntRange(1, 60).Draw(t, "operations")
 		p, err := newPlan(w, survey(spans), unit, operations, rapid.Uint64().Draw(t, "seed"))

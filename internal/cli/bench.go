@@ -32,6 +32,8 @@ type benchFlags struct {
 	rounds     int
 	cache      string
 	discipline string
+
+	disciplines disciplineFlags
 }
 
 func newBenchCommand() *cobra.Command {
@@ -53,11 +55,16 @@ that read are run, unless you allow with --write that its contents are DESTROYED
 With --against qemu-nbd, platter serve and qemu-nbd serve equal images in turn to the
 same client, and the result is a table with the ratios.
 
+With --disciplines, the disciplines of qcow2 metadata are compared: fdatasyncs, write
+calls and bytes of metadata an operation, with --against qemu-nbd those of qemu-nbd as
+well, and with --recovery what the next open does after a crash.
+
 Times depend on the machine; compare only those of one run.`,
 		Example: `  platter bench
   platter bench --workload read-4k --depth 32 disk.qcow2
   platter bench --pid $(pidof qemu-nbd) "nbd+unix:///?socket=/run/disk.sock"
-  platter bench --against qemu-nbd --strace`,
+  platter bench --against qemu-nbd --strace
+  platter bench --disciplines --against qemu-nbd --recovery=1G,100G`,
 		Args: cobra.ArbitraryArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return f.run(cmd, args)
@@ -80,7 +87,8 @@ Times depend on the machine; compare only those of one run.`,
 	fs.IntVar(&f.rounds, "rounds", 2, "with --against: how often each server has its turn")
 	fs.StringVar(&f.cache, "cache", "writeback", "writeback, none or writethrough")
 	completeWith(cmd, "cache", "writeback", "none", "writethrough")
-	fs.StringVar(&f.discipline, "discipline", "", "how metadata becomes durable (default: the format's own)")
+	registerDiscipline(cmd, &f.discipline)
+	f.disciplines.register(cmd)
 	return cmd
 }
 
@@ -93,6 +101,12 @@ func benchHelp() string {
 }
 
 func (f *benchFlags) run(cmd *cobra.Command, args []string) error {
+	if f.disciplines.wanted {
+		return f.runDisciplines(cmd, args)
+	}
+	if len(f.disciplines.recovery) > 0 {
+		return usagef(cmd, "--recovery needs --disciplines")
+	}
 	if err := errors.Join(f.open.check(cmd), f.output.check()); err != nil {
 		return err
 	}

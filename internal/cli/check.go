@@ -1,7 +1,6 @@
 package cli
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -21,11 +20,12 @@ const (
 
 func newCheckCommand() *cobra.Command {
 	var (
-		open   openFlags
-		output outputFlag
-		repair string
-		cache  string
-		quiet  bool
+		open    openFlags
+		output  outputFlag
+		repair  string
+		cache   string
+		discard bool
+		quiet   bool
 	)
 	cmd := &cobra.Command{
 		Use:   "check [flags] FILENAME",
@@ -71,7 +71,7 @@ nothing to check.`,
 			if err != nil {
 				return err
 			}
-			c := checking{cmd: cmd, name: args[0], repair: mode, quiet: quiet, json: output.json()}
+			c := checking{cmd: cmd, name: args[0], repair: mode, discard: discard, quiet: quiet, json: output.json()}
 			if format != "qcow2" {
 				return errors.Join(&exitError{checkUnsupported, fmt.Errorf("This image format does not support checks")}, img.Close())
 			}
@@ -84,6 +84,7 @@ nothing to check.`,
 	fs := cmd.Flags()
 	fs.StringVarP(&repair, "repair", "r", "", "repair `WHAT` is found: leaks or all")
 	completeWith(cmd, "repair", "leaks", "all")
+	fs.BoolVar(&discard, "discard-journal", false, "with -r all: drop a metadata journal that cannot be replayed;\nmay lose acknowledged writes")
 	fs.StringVarP(&cache, "source-cache", "T", "writeback", "cache `MODE` of the image: none, writeback, writethrough,\ndirectsync or unsafe")
 	completeWith(cmd, "source-cache", cacheNames...)
 	fs.BoolVarP(&quiet, "quiet", "q", false, "print only what is found, no summary")
@@ -92,15 +93,16 @@ nothing to check.`,
 
 // checking is one run of check.
 type checking struct {
-	cmd    *cobra.Command
-	name   string
-	repair qcow2.Repair
-	quiet  bool
-	json   bool
+	cmd     *cobra.Command
+	name    string
+	repair  qcow2.Repair
+	discard bool // the metadata journal
+	quiet   bool
+	json    bool
 }
 
 func (c *checking) run(f storage.File) error {
-	result, err := qcow2.Check(f, qcow2.CheckOptions{Repair: c.repair, Report: c.finding})
+	result, err := qcow2.Check(f, qcow2.CheckOptions{Repair: c.repair, DiscardJournal: c.discard, Report: c.finding})
 	if err != nil {
 		var failure *qcow2.CheckFailure
 		if errors.As(err, &failure) {
@@ -112,10 +114,7 @@ func (c *checking) run(f storage.File) error {
 	out := c.cmd.OutOrStdout()
 	switch {
 	case c.json:
-		enc := json.NewEncoder(out)
-		enc.SetEscapeHTML(false)
-		enc.SetIndent("", "    ")
-		if err := enc.Encode(result); err != nil {
+		if err := printJSON(out, result); err != nil {
 			return err
 		}
 	case !c.quiet:

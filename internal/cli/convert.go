@@ -98,10 +98,10 @@ func (f *convertFlags) register(cmd *cobra.Command) {
 	fs.StringVarP(&f.srcCache, "source-cache", "T", "writeback", "cache `MODE` of the sources")
 	completeWith(cmd, "cache", cacheNames...)
 	completeWith(cmd, "source-cache", cacheNames...)
-	fs.StringVarP(&f.snapshot, "snapshot", "l", "", "internal snapshot to copy (refused: not supported yet)")
+	fs.StringVarP(&f.snapshot, "snapshot", "l", "", "copy the `SNAPSHOT` with this id or name, or\nsnapshot.id=ID,snapshot.name=NAME, not the disk as it is now")
 	fs.BoolVar(&f.bitmaps, "bitmaps", false, "copy persistent bitmaps (refused: not supported yet)")
 	fs.BoolVar(&f.skipBitmaps, "skip-broken-bitmaps", false, "with --bitmaps: leave out broken ones")
-	for _, name := range []string{"snapshot", "bitmaps", "skip-broken-bitmaps"} {
+	for _, name := range []string{"bitmaps", "skip-broken-bitmaps"} {
 		hide(fs, name)
 	}
 }
@@ -113,6 +113,7 @@ type plan struct {
 	source      cacheMode
 	create      *createValues
 	sources     []string
+	snapshot    *snapshotParam // nil: the disk as it is now
 	destination string
 }
 
@@ -158,13 +159,21 @@ func (f *convertFlags) plan(cmd *cobra.Command, args []string) (*plan, error) {
 		return nil, fmt.Errorf("Cannot enable copy offloading when -S is used")
 	case f.bitmaps:
 		return nil, fmt.Errorf("--bitmaps: copying persistent bitmaps is not supported yet")
-	case f.snapshot != "":
-		return nil, fmt.Errorf("-l %s: copying an internal snapshot is not supported yet", f.snapshot)
 	}
 	if len(args) < 2 {
 		return nil, fmt.Errorf("Must specify image file name")
 	}
 	p.sources, p.destination = args[:len(args)-1], args[len(args)-1]
+	if f.snapshot != "" {
+		if len(p.sources) > 1 {
+			return nil, fmt.Errorf("No support for concatenating multiple snapshot")
+		}
+		param, err := parseSnapshotParam(f.snapshot)
+		if err != nil {
+			return nil, err
+		}
+		p.snapshot = &param
+	}
 	if f.backing != "" && len(p.sources) > 1 {
 		return nil, fmt.Errorf("Having a backing file for the target makes no sense when concatenating multiple input images")
 	}
@@ -287,6 +296,13 @@ func (f *convertFlags) openSources(ctx context.Context, p *plan) (block.Device, 
 			return fail(err)
 		}
 		imgs, devs = append(imgs, img), append(devs, img)
+	}
+	if p.snapshot != nil {
+		dev, err := p.snapshot.open(imgs[0])
+		if err != nil {
+			return fail(err)
+		}
+		return &snapshotSource{dev, imgs[0]}, imgs[0].Chain(), nil
 	}
 	if len(imgs) == 1 {
 		return imgs[0], imgs[0].Chain(), nil

@@ -5,10 +5,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"math"
 	"path/filepath"
 	"strings"
-	"time"
 
 	"github.com/spf13/cobra"
 
@@ -169,16 +167,7 @@ func (i *imageInfo) addQcow2(f storage.File, path string) error {
 		i.FullBackingName = fullBackingName(path, q.BackingFile)
 	}
 	i.FormatSpecific = &formatSpecific{Type: "qcow2", Data: q.Specific}
-	for _, s := range q.Snapshots {
-		one := snapshotInfo{
-			VMClockSec: s.VMClock / 1e9, VMClockNsec: s.VMClock % 1e9,
-			ID: s.ID, Name: s.Name, DateSec: s.Seconds, DateNsec: s.Nanoseconds, VMStateSize: s.VMStateSize,
-		}
-		if s.ICount != math.MaxUint64 {
-			one.Icount = &s.ICount
-		}
-		i.Snapshots = append(i.Snapshots, one)
-	}
+	i.Snapshots = snapshotInfos(q.Snapshots)
 	return nil
 }
 
@@ -191,19 +180,6 @@ func fullBackingName(path, ref string) string {
 		return ref
 	}
 	return path[:strings.LastIndexAny(path, "/"+string(filepath.Separator))+1] + ref
-}
-
-// snapshotLine is a line of the snapshot list: id, name, size of the saved memory, date, clock, icount.
-const snapshotLine = "%-9s %-16s %8s%20s%13s%11s\n"
-
-func (s *snapshotInfo) print(out io.Writer) {
-	icount := ""
-	if s.Icount != nil {
-		icount = fmt.Sprint(*s.Icount)
-	}
-	clock := fmt.Sprintf("%02d:%02d:%02d.%03d", s.VMClockSec/3600, s.VMClockSec/60%60, s.VMClockSec%60, s.VMClockNsec/1e6)
-	date := time.Unix(int64(s.DateSec), 0).Format(time.DateTime)
-	fmt.Fprintf(out, snapshotLine, s.ID, s.Name, formatSize(int64(s.VMStateSize)), date, clock, icount)
 }
 
 func printJSON(out io.Writer, v any) error {
@@ -244,11 +220,7 @@ func (i *imageInfo) print(out io.Writer) error {
 		}
 	}
 	if len(i.Snapshots) > 0 {
-		b.WriteString("Snapshot list:\n")
-		fmt.Fprintf(&b, snapshotLine, "ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT")
-		for _, s := range i.Snapshots {
-			s.print(&b)
-		}
+		b.WriteString(snapshotList(i.Snapshots))
 	}
 	if i.FormatSpecific != nil {
 		b.WriteString("Format specific information:\n")

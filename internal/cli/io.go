@@ -89,14 +89,14 @@ after it are carried out nevertheless.`,
 	open.register(cmd, "format of the image; guessed when not given")
 	fs := cmd.Flags()
 	open.registerShare(fs)
-	fs.StringArrayVarP(&commands, "cmd", "c", nil, "carry out this command; may be repeated")
-	fs.StringVar(&script, "script", "", "read the commands from this file, - for standard input")
+	fs.StringArrayVarP(&commands, "cmd", "c", nil, "carry out `COMMAND`; may be repeated")
+	fs.StringVar(&script, "script", "", "read the commands from `FILE`, - for standard input")
 	fs.BoolVarP(&readOnly, "read-only", "r", false, "refuse every change")
-	fs.StringVarP(&cache, "cache", "t", "writeback", "none, writeback, writethrough, directsync or unsafe")
+	fs.StringVarP(&cache, "cache", "t", "writeback", "`MODE` is none, writeback, writethrough, directsync or unsafe")
 	completeWith(cmd, "cache", cacheNames...)
-	fs.StringVarP(&discard, "discard", "d", "unmap", "what to do with space that is discarded: unmap or ignore")
+	fs.StringVarP(&discard, "discard", "d", "unmap", "what to do with space that is discarded: `MODE` is unmap or ignore")
 	completeWith(cmd, "discard", "unmap", "ignore")
-	fs.StringVar(&discipline, "discipline", "", "how metadata becomes durable (default: the format's own)")
+	registerDiscipline(cmd, &discipline)
 	return cmd
 }
 

@@ -80,8 +80,6 @@ scripts move over unchanged.`,
 		&cobra.Group{ID: groupImages, Title: "Image files:"},
 		&cobra.Group{ID: groupUse, Title: "Disks in use:"},
 	)
-	root.SetHelpCommandGroupID(groupUse)
-	root.SetCompletionCommandGroupID(groupUse)
 	add := func(group string, cmds ...*cobra.Command) {
 		for _, c := range cmds {
 			c.GroupID = group
@@ -96,6 +94,7 @@ scripts move over unchanged.`,
 		newConvertCommand(),
 		newCompareCommand(),
 		newResizeCommand(),
+		newSnapshotCommand(),
 	)
 	add(groupUse,
 		newServeCommand(),

@@ -10,11 +10,13 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/platter-disk/platter/format/qcow2"
 	"github.com/platter-disk/platter/image"
 	"github.com/platter-disk/platter/nbd"
 	"github.com/platter-disk/platter/nbd/server"
@@ -74,23 +76,31 @@ one for each image in the same order. A client that names no export gets the fir
 	f.open.register(cmd, "format of the images; guessed when not given")
 	fs := cmd.Flags()
 	f.open.registerShare(fs)
-	fs.StringVar(&f.sockets.socket, "socket", "", "listen on a Unix socket at this path")
-	fs.StringVar(&f.sockets.tcp, "listen", "", "listen on TCP at HOST:PORT; an empty HOST is every address")
-	fs.StringArrayVar(&f.exports, "export", nil, "name of the export; once for each image (default: no name for\na single image, else the base name)")
+	fs.StringVar(&f.sockets.socket, "socket", "", "listen on a Unix socket at `PATH`")
+	fs.StringVar(&f.sockets.tcp, "listen", "", "listen on TCP at `HOST:PORT`; an empty HOST is every address")
+	fs.StringArrayVar(&f.exports, "export", nil, "`NAME` of the export; once for each image (default: no name for\na single image, else the base name)")
 	fs.BoolVarP(&f.readOnly, "read-only", "r", false, "refuse every change")
-	fs.StringVar(&f.discipline, "discipline", "", "how metadata becomes durable (default: the format's own)")
-	fs.StringVar(&f.cache, "cache", "writeback", "writeback, none (past the page cache, O_DIRECT) or writethrough\n(every change durable before it is acknowledged)")
+	registerDiscipline(cmd, &f.discipline)
+	fs.StringVar(&f.cache, "cache", "writeback", "`MODE` is writeback, none (past the page cache, O_DIRECT) or writethrough\n(every change durable before it is acknowledged)")
 	completeWith(cmd, "cache", "writeback", "none", "writethrough")
-	fs.StringVar(&f.discard, "discard", "unmap", "what to do with space that a client discards: unmap (give it\nback to the file system) or ignore")
+	fs.StringVar(&f.discard, "discard", "unmap", "what to do with space that a client discards: `MODE` is unmap\n(give it back to the file system) or ignore")
 	completeWith(cmd, "discard", "unmap", "ignore")
-	fs.StringVar(&f.create, "create", "", "make a disk of this size where the image does not exist (qcow2,\nunless --format says otherwise)")
-	fs.StringVar(&f.l2Cache, "l2-cache-size", "", "memory for the tables of each image (default: by the disk's size)")
-	fs.StringVar(&f.control, "control", "", "accept commands on a Unix socket at this path: HTTP with JSON,\nGET /status, POST /flush, POST /quit")
-	fs.IntVar(&f.maxConns, "max-connections", 128, "connections at a time; further ones are closed at once")
-	fs.StringVar(&f.maxRequest, "max-request", "32M", "largest read or write of a client, 64k to 1G")
+	fs.StringVar(&f.create, "create", "", "make a disk of `SIZE` bytes where the image does not exist (qcow2,\nunless --format says otherwise)")
+	fs.StringVar(&f.l2Cache, "l2-cache-size", "", "`SIZE` of the cache for the tables of each image (default: by the disk's size)")
+	fs.StringVar(&f.control, "control", "", "accept commands on a Unix socket at `PATH`: HTTP with JSON,\nGET /status, POST /flush, POST /quit")
+	fs.IntVar(&f.maxConns, "max-connections", 128, "`N` connections at a time; further ones are closed at once")
+	fs.StringVar(&f.maxRequest, "max-request", "32M", "`SIZE` of the largest read or write of a client, 64k to 1G")
 	fs.BoolVarP(&f.verbose, "verbose", "v", false, "log every connection and every refused request")
 	f.tls.register(fs)
 	return cmd
+}
+
+// registerDiscipline adds --discipline.
+func registerDiscipline(cmd *cobra.Command, value *string) {
+	names := qcow2.Disciplines()
+	cmd.Flags().StringVar(value, "discipline", "", "`NAME` says how the metadata of qcow2 images becomes durable:\n"+
+		strings.Join(names, ", ")+" (default: what the image asks for)")
+	completeWith(cmd, "discipline", names...)
 }
 
 // export is an image that is served, and under which name.
@@ -297,6 +307,10 @@ func preferredBlock(unit int64) int {
 	return int(min(max(unit, 4096), 1<<20))
 }
 
+// maxSocketPath is the length of a socket's path that every system allows: sun_path has 104 bytes on macOS
+// and 108 on Linux, with a terminating zero.
+const maxSocketPath = 103
+
 // listenFlags say where clients connect.
 type listenFlags struct {
 	socket, tcp string
@@ -328,6 +342,9 @@ func (f *listenFlags) listen() (listeners []net.Listener, cleanup func(), err er
 		}
 		l, err := server.Listen(a.network, a.address)
 		if err != nil {
+			if a.network == "unix" && len(a.address) > maxSocketPath {
+				err = fmt.Errorf("%w (the path has %d bytes; some systems allow no more than %d)", err, len(a.address), maxSocketPath)
+			}
 			return listeners, cleanup, err
 		}
 		listeners = append(listeners, l)

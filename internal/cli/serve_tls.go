@@ -19,9 +19,9 @@ type serveTLS struct {
 }
 
 func (f *serveTLS) register(fs *pflag.FlagSet) {
-	fs.StringVar(&f.certificate, "tls-certificate", "", "PEM file with the server's certificate and its chain: clients may\nencrypt their connection")
-	fs.StringVar(&f.key, "tls-key", "", "PEM file with the private key of the certificate")
-	fs.StringVar(&f.clientCA, "tls-client-ca", "", "PEM file with the authorities that a client's certificate must\ncome from; with it, encrypted clients must show one")
+	fs.StringVar(&f.certificate, "tls-certificate", "", "PEM `FILE` with the server's certificate and its chain: clients may\nencrypt their connection")
+	fs.StringVar(&f.key, "tls-key", "", "PEM `FILE` with the private key of the certificate")
+	fs.StringVar(&f.clientCA, "tls-client-ca", "", "PEM `FILE` with the authorities that a client's certificate must\ncome from; with it, encrypted clients must show one")
 	fs.BoolVar(&f.required, "tls-required", false, "refuse clients that do not encrypt")
 }
 

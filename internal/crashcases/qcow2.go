@@ -19,7 +19,10 @@ type qcow2Workload struct {
 	discard bool
 	caches  int64 // bytes of the table caches; 0: the default
 	watch   []crashlab.Range
+	ranges  []crashlab.Range // that are used and watched; nil: the disk, or watch
 	work    func(seed uint64) func(g *crashlab.Guest) error
+
+	snapshots *snapshotHistory // nil: none are taken
 }
 
 const (
@@ -40,6 +43,10 @@ func mixWork(m crashlab.Mix) func(uint64) func(*crashlab.Guest) error {
 }
 
 func qcow2Workloads() []qcow2Workload {
+	// So far apart that their L1 entries lie in sectors of their own.
+	apart := []crashlab.Range{{Offset: 0, Length: 6 * kib}, {Offset: 2048 * kib, Length: 6 * kib}, {Offset: 4096 * kib, Length: 6 * kib}}
+	snapshots, applied := newSnapshotHistory(apart), newSnapshotHistory(apart)
+	cow, long := newSnapshotHistory(nil), newSnapshotHistory(nil)
 	return []qcow2Workload{
 		{
 			Workload: Workload{Name: "alloc", Description: "allocating writes and flushes on a stand-alone image"},
@@ -85,6 +92,26 @@ func qcow2Workloads() []qcow2Workload {
 			create:   qcow2.CreateOptions{Size: 64 * kib, ClusterSize: 512, RefcountBits: 64},
 			watch:    []crashlab.Range{{Offset: 0, Length: 64*kib + growSteps*growBy}},
 			work:     growWork,
+		}, {
+			Workload: Workload{Name: "snapshot", Description: "snapshots taken, applied and deleted between writes, on a disk with an L1 table of several sectors"},
+			create:   qcow2.CreateOptions{Size: 6144 * kib, ClusterSize: 512},
+			discard:  true, ranges: apart, snapshots: snapshots,
+			work: snapshots.work("??????????", crashlab.Mix{Requests: 5, MaxLength: 3 * kib, Write: 8, Unmap: 1, Discard: 1, Flush: 1}),
+		}, {
+			Workload: Workload{Name: "snapshot-apply", Description: "one snapshot, applied again and again"},
+			create:   qcow2.CreateOptions{Size: 6144 * kib, ClusterSize: 512},
+			ranges:   apart, snapshots: applied,
+			work: applied.work("caaa", crashlab.Mix{Requests: 3, MaxLength: 2 * kib, Write: 1}),
+		}, {
+			Workload: Workload{Name: "snapshot-cow", Description: "many copy-on-writes a flush of what snapshots share"},
+			create:   qcow2.CreateOptions{Size: 48 * kib, ClusterSize: 1024},
+			discard:  true, snapshots: cow,
+			work: cow.work("c?????", crashlab.Mix{Requests: 24, MaxLength: 4 * kib, Write: 12, Zero: 1, Discard: 1, Flush: 1}),
+		}, {
+			Workload:  Workload{Name: "snapshot-long", Description: "operations on snapshots that take a journal several transactions"},
+			create:    qcow2.CreateOptions{Size: 128 * kib, ClusterSize: 512, RefcountBits: 64},
+			snapshots: long,
+			work:      long.work("cadc", crashlab.Mix{Requests: 8, MaxLength: 48 * kib, Write: 1}),
 		},
 	}
 }
@@ -144,7 +171,8 @@ func qcow2Format() Format {
 		qcow2.MutantNoCopyUp: "overlay", qcow2.MutantLinkFirst: "overwrite", qcow2.MutantHistorical: "overwrite",
 		qcow2.MutantReuseEarly: "overwrite", qcow2.MutantPunchEarly: "compressed", qcow2.MutantLowerEarly: "overwrite",
 		qcow2.MutantNoWAL: "churn", qcow2.MutantNoCheckpointB: "churn", qcow2.MutantRingEarly: "churn",
-		qcow2.MutantRevokeIgnored: "grow",
+		qcow2.MutantRevokeIgnored: "grow", qcow2.MutantStaleCopied: "snapshot", qcow2.MutantInPlaceL1: "snapshot-apply",
+		qcow2.MutantOpstateIgnored: "snapshot-long",
 	}
 	for m, disciplines := range qcow2.Mutants() {
 		workload := catch[m]
@@ -173,10 +201,13 @@ func qcow2Scenario(c Case) (crashlab.Scenario, error) {
 		Prepare:     w.prepare,
 		Open:        func(files []storage.File) (crashlab.Subject, error) { return w.open(files, c) },
 		Work:        w.work(c.Seed),
-		Again:       mixWork(crashlab.Mix{Requests: 8, MaxLength: 4 * kib, Write: 6, Discard: 1, Flush: 2})(c.Seed + 1),
-		Closed:      func(files []storage.File) error { return checkQcow2(files[0], leakBound(c.Discipline)) },
-		Watch:       w.watch,
+		Again:       mixWork(crashlab.Mix{Requests: 8, MaxLength: 4 * kib, Ranges: w.ranges, Write: 6, Discard: 1, Flush: 2})(c.Seed + 1),
+		Closed:      func(files []storage.File) error { return w.check(files[0], c.Discipline) },
+		Watch:       slices.Concat(w.watch, w.ranges),
 		DiscardUnit: w.create.ClusterSize,
+	}
+	if w.snapshots != nil {
+		sc.Judge = w.snapshots.judge
 	}
 	if w.backing > 0 {
 		sc.Files = append(sc.Files, crashlab.FileSpec{Name: "backing"})
@@ -217,23 +248,33 @@ func (w *qcow2Workload) open(files []storage.File, c Case) (crashlab.Subject, er
 	if err != nil {
 		return nil, err
 	}
-	return &qcow2Subject{Image: im, file: files[0], leaks: leakBound(c.Discipline)}, nil
+	return &qcow2Subject{Image: im, check: func() error { return w.check(files[0], c.Discipline) }}, nil
 }
 
-// leakBound is the number of clusters that a crash may leak under a discipline, by its promise.
+// check finds nothing but what the discipline may leave.
+func (w *qcow2Workload) check(f storage.File, discipline string) error {
+	leaks := leakBound(discipline)
+	if w.snapshots != nil && leaks > 0 {
+		return checkInterrupted(f)
+	}
+	return checkQcow2(f, leaks)
+}
+
+// leakBound is the number of clusters that two crashes, one of the disk that was recovered from the other, may
+// leak under a discipline, by its promise.
 func leakBound(discipline string) int64 {
 	switch discipline {
 	case qcow2.Journal, qcow2.Lazy:
 		return 0
 	}
-	return 2*reserve + 64 + 64 // the reserve, what is quarantined, and what the operations in flight take
+	// The reserve, what is in transit and in quarantine, and what the operations in flight take.
+	return 2 * (2*reserve + 64 + 64 + 64)
 }
 
 // qcow2Subject is an image with its checker.
 type qcow2Subject struct {
 	*qcow2.Image
-	file  storage.File
-	leaks int64
+	check func() error
 }
 
 func (s *qcow2Subject) WriteZeroes(off, length int64, unmap bool) error {
@@ -244,8 +285,8 @@ func (s *qcow2Subject) WriteZeroes(off, length int64, unmap bool) error {
 	return s.Image.WriteZeroes(off, length, flags)
 }
 
-// Check finds nothing but the leaks that the discipline may leave.
-func (s *qcow2Subject) Check() error { return checkQcow2(s.file, s.leaks) }
+// Check finds nothing but what the discipline may leave.
+func (s *qcow2Subject) Check() error { return s.check() }
 
 func checkQcow2(f storage.File, leaks int64) error {
 	first := ""

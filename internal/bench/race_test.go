@@ -1,0 +1,6 @@
+//go:build race
+
+package bench
+
+// raceEnabled: the race detector makes the runtime allocate.
+const raceEnabled = true
