@@ -55,6 +55,11 @@ func newJournal(im *Image) (*journal, error) {
 		d.ext = *j
 	} else {
 		d.ext.BlockOrder = min(defaultBlockOrder, im.header.ClusterBits)
+		h := *im.header
+		h.Journal = &d.ext
+		if _, err := h.Encode(); err != nil {
+			return nil, fmt.Errorf("%s: discipline %q: no room for its header extension: %w", im.file.Name(), Journal, err)
+		}
 	}
 	if im.opts.JournalSize > 0 {
 		d.ext.PreferredSize = uint64(min(max(im.opts.JournalSize, minJournalBlocks<<d.ext.BlockOrder), maxJournalBytes))

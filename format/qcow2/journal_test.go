@@ -184,3 +184,15 @@ func TestJournalRepaired(t *testing.T) {
 		w.judge(t, t)
 	}
 }
+
+// TestJournalNeedsRoom: a header without room for the journal's extension is refused at open, not at a flush.
+func TestJournalNeedsRoom(t *testing.T) {
+	f := storage.NewMemory("image")
+	err := Create(f, CreateOptions{Size: 1 << 20, ClusterSize: 512, BackingFile: strings.Repeat("b", 320), BackingFormat: "raw"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(f, Options{Discipline: Journal, NoBacking: true}); err == nil || !strings.Contains(err.Error(), "no room") {
+		t.Errorf("open: %v; want a refusal for lack of room", err)
+	}
+}

@@ -26,8 +26,18 @@ type partial struct {
 	missing int      // sectors not written
 }
 
-// maxPartials bounds the clusters whose copy-up is delayed at the same time.
-const maxPartials = 1024
+// maxPartials and maxPartialBytes bound the clusters whose copy-up is delayed at the same time: their records in
+// memory, and what a flush may have to copy.
+const (
+	maxPartials     = 1024
+	maxPartialBytes = 64 << 20
+)
+
+// tooManyPartials reports whether more copy-ups are delayed than may be.
+func (im *Image) tooManyPartials() bool {
+	n := im.partials.n.Load()
+	return n > maxPartials || n<<im.geo.clusterBits > maxPartialBytes
+}
 
 // partialSet is the set of partials, by guest cluster.
 type partialSet struct {

@@ -189,7 +189,7 @@ func (im *Image) writePartial(part *partial, p []byte, off guestOff) error {
 	}
 	part.mark(in, in+int64(len(p)))
 	im.partials.add(part)
-	if part.missing == 0 || im.partials.n.Load() > maxPartials {
+	if part.missing == 0 || im.tooManyPartials() {
 		return im.link(part)
 	}
 	return nil
@@ -290,7 +290,7 @@ func (im *Image) oldNeedsCopy(old mapping, from, to int64) bool {
 
 // boundPartials links the clusters at the ends of a write if too many copy-ups are delayed.
 func (im *Image) boundPartials(start guestOff, end int64) error {
-	if im.partials.n.Load() <= maxPartials {
+	if !im.tooManyPartials() {
 		return nil
 	}
 	for _, at := range []guestOff{start, im.geo.clusterStart(guestOff(end - 1))} {
