@@ -67,6 +67,20 @@ func TestSnapshotNarrowCounts(t *testing.T) {
 					}
 				}
 				w.verify(t, 0, int64(len(w.want)))
+				// The counts of the first half have room again: what is raised there has to be undone.
+				half := w.want[:len(w.want)/2+512]
+				for i := range half {
+					half[i] = 3
+				}
+				if _, err := w.im.WriteAt(half, 0); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := w.im.CreateSnapshot("too many", SnapshotOptions{}); !errors.Is(err, errRefcountWidth) {
+					t.Fatalf("one snapshot too many for the second half: %v", err)
+				}
+				w.verify(t, 0, int64(len(w.want)))
+				w.reopen(t)
+				w.verify(t, 0, int64(len(w.want)))
 				w.fill(t, 2)
 				w.verify(t, 0, int64(len(w.want)))
 				if list, err := w.im.Snapshots(); err != nil || len(list) != room {

@@ -1,0 +1,174 @@
+package fvd
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/platter-disk/platter/storage"
+)
+
+// ErrNotClean is wrapped when an image must be opened and closed first, to bring its journal into its tables.
+var ErrNotClean = errors.New("the image was not closed cleanly")
+
+// Setting is a change of a header field of an image that nobody has open.
+type Setting struct {
+	Name  string // one of SettingNames
+	Value string // a number, on or off, a name
+}
+
+// settingField translates the names that the 2011 tool gives to header fields (FVD specification 2.13) where they
+// differ from those of the header. The size is not among them: Image.Resize changes it.
+func settingField(name string) string {
+	switch name {
+	case "max_num_outstanding_prefetch_writes":
+		return "num_prefetch_slots"
+	case "prefetch_over_threshold_throttle_time":
+		return "prefetch_throttle_time"
+	}
+	if strings.HasSuffix(name, "_throughput_threshold") {
+		return strings.TrimSuffix(name, "_threshold")
+	}
+	return name
+}
+
+// SettingNames lists what Amend can change.
+func SettingNames() []string {
+	return []string{
+		"base_img", "base_img_fmt", "data_file", "data_file_fmt", "need_zero_init", "copy_on_read", "clean_shutdown",
+		"max_outstanding_copy_on_read_data", "prefetch_start_delay", "max_num_outstanding_prefetch_writes",
+		"bytes_per_prefetch", "prefetch_min_read_throughput_threshold", "prefetch_max_read_throughput_threshold",
+		"prefetch_min_write_throughput_threshold", "prefetch_max_write_throughput_threshold",
+		"prefetch_perf_calc_alpha", "prefetch_read_throughput_measure_time", "prefetch_write_throughput_measure_time",
+		"prefetch_over_threshold_throttle_time", "storage_grow_unit", "journal_buf_size", "journal_clean_buf_period",
+	}
+}
+
+// set parses a value into the field.
+func (f *field) set(value string) error {
+	bad := func(want string) error { return &FieldError{f.name, f.off, strconv.Quote(value), want} }
+	switch p := f.ptr.(type) {
+	case *uint32:
+		n, err := strconv.ParseUint(value, 10, 32)
+		if err != nil {
+			return bad("a number from 0 to 2^32-1")
+		}
+		*p = uint32(n)
+	case *uint64:
+		n, err := strconv.ParseUint(value, 10, 64)
+		if err != nil {
+			return bad("a number from 0 to 2^64-1")
+		}
+		*p = n
+	case *int64:
+		n, err := strconv.ParseInt(value, 10, 64)
+		if err != nil {
+			return bad("a number")
+		}
+		*p = n
+	case *bool:
+		switch strings.ToLower(value) {
+		case "on", "true", "yes", "1":
+			*p = true
+		case "off", "false", "no", "0":
+			*p = false
+		default:
+			return bad("on or off")
+		}
+	case *string:
+		*p = value
+	}
+	return nil
+}
+
+// Amend changes header fields of an image that nobody has open and that was closed cleanly; only clean_shutdown can
+// be set on one that was not, at the operator's risk and if it has no journal. A change of the base image's name
+// does not touch any data: the caller answers for the new one holding the same bytes. It clears the journal
+// first, so that no record of the old base's days is ever replayed (D-16).
+func Amend(f storage.File, settings []Setting) error {
+	h, err := ReadHeader(f)
+	if err != nil {
+		return err
+	}
+	if err := amend(f, h, settings); err != nil {
+		return fmt.Errorf("fvd image %s: %w", f.Name(), err)
+	}
+	return nil
+}
+
+func amend(f storage.File, h *Header, settings []Setting) error {
+	if err := h.writable(); err != nil {
+		return err
+	}
+	old := *h
+	for _, s := range settings {
+		if !slices.Contains(SettingNames(), s.Name) {
+			return fmt.Errorf("unknown setting %q, want one of %s", s.Name, strings.Join(SettingNames(), ", "))
+		}
+		for _, field := range h.fields() {
+			if field.name == settingField(s.Name) {
+				if err := field.set(s.Value); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	if !old.CleanShutdown && (old.JournalSize > 0 || len(settings) != 1 || settings[0].Name != "clean_shutdown") {
+		return ErrNotClean
+	}
+	if h.BaseImage != old.BaseImage {
+		if err := h.changeBase(&old); err != nil {
+			return err
+		}
+	}
+	size, err := f.Size()
+	if err != nil {
+		return err
+	}
+	if err := h.validate(size); err != nil {
+		return err
+	}
+	if h.BaseImage != old.BaseImage {
+		if err := scrubJournal(f, &old); err != nil {
+			return err
+		}
+	}
+	b, err := h.encode()
+	if err != nil {
+		return err
+	}
+	if _, err := f.WriteAt(b, 0); err != nil {
+		return err
+	}
+	return f.Sync()
+}
+
+// changeBase adapts what goes with the name of the base image.
+func (h *Header) changeBase(old *Header) error {
+	h.BaseLength = 0
+	switch {
+	case old.BaseImage == "":
+		return errors.New("an image that was created without a base image has no bitmap and cannot get one")
+	case h.BaseImage == "" && !old.FullyPrefetched:
+		return fmt.Errorf("base image %q: %w", old.BaseImage, ErrStillNeeded)
+	case h.BaseImage == "":
+		h.BaseSize, h.BaseFormat = 0, ""
+		if !h.hasTable() {
+			h.JournalSize = 0
+		}
+	}
+	return nil
+}
+
+// scrubJournal overwrites every record, durably.
+func scrubJournal(f storage.File, h *Header) error {
+	if h.JournalSize == 0 {
+		return nil
+	}
+	if err := fillJournal(f, h); err != nil {
+		return err
+	}
+	return f.Sync()
+}

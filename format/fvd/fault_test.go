@@ -1,0 +1,173 @@
+package fvd
+
+import (
+	"bytes"
+	"fmt"
+	"testing"
+
+	"github.com/platter-disk/platter/block"
+	"github.com/platter-disk/platter/crashlab"
+)
+
+// faultRun uses an image on files that fail and remembers what each sector may hold afterwards: what it read as when
+// a flush last succeeded, or the tag of anything issued since.
+type faultRun struct {
+	r       *rig
+	allowed [][]byte // by sector
+	broken  error    // a flush failed with it: nothing may succeed any more
+}
+
+// do is one change of [off, off+n) to tag.
+func (f *faultRun) do(tag byte, off, n int64, change func() error) error {
+	for s := off / 512; s < (off+n)/512; s++ {
+		f.allowed[s] = append(f.allowed[s], tag)
+	}
+	if err := change(); err == nil && f.broken != nil {
+		return fmt.Errorf("a change succeeded after a flush had failed with: %w", f.broken)
+	}
+	return nil
+}
+
+func (f *faultRun) flush() error {
+	// What the disk reads as now is what a flush that succeeds makes last.
+	now := make([]byte, f.r.im.Size())
+	if _, err := f.r.im.ReadAt(now, 0); err != nil {
+		return nil // a read that was made to fail: no statement
+	}
+	err := f.r.im.Flush()
+	if err != nil {
+		f.broken = err
+		return nil
+	}
+	if f.broken != nil {
+		return fmt.Errorf("a flush succeeded after one had failed with: %w", f.broken)
+	}
+	for s := range f.allowed {
+		f.allowed[s] = []byte{now[s*512]}
+	}
+	return nil
+}
+
+func (f *faultRun) write(tag byte, off, n int64) func() error {
+	return func() error {
+		return f.do(tag, off, n, func() error {
+			_, err := f.r.im.WriteAt(bytes.Repeat([]byte{tag}, int(n)), off)
+			return err
+		})
+	}
+}
+
+func (f *faultRun) zero(off, n int64) func() error {
+	return func() error {
+		return f.do(0, off, n, func() error { return f.r.im.WriteZeroes(off, n, block.MayUnmap) })
+	}
+}
+
+func (f *faultRun) soft(off, n int64) func() error {
+	return func() error {
+		p := make([]byte, n)
+		if f.r.im.ReadBase(p, off) == nil {
+			_, err := f.r.im.Populate(p, off)
+			if err == nil && f.broken != nil {
+				return fmt.Errorf("a copy was kept after a flush had failed with: %w", f.broken)
+			}
+		}
+		return nil
+	}
+}
+
+// TestFaults makes every operation fail in turn: nothing panics or hangs, nothing flushed is lost, a failed flush
+// sticks, and what the process leaves behind opens again.
+func TestFaults(t *testing.T) {
+	faults := []string{"write:1:EIO", "write:1:ENOSPC", "write:1:short=512", "sync:1:EIO", "sync:1+:EIO", "read:1:EIO", "punch:1:EIO",
+		"punch:1+:EOPNOTSUPP", "zero:1+:EOPNOTSUPP", "truncate:1:EIO", "truncate:1+:ENOSPC", "extents:1:EIO"}
+	var list []crashlab.Fault
+	for _, text := range faults {
+		f, err := crashlab.ParseFault(text)
+		must(t, err)
+		list = append(list, f)
+	}
+	compact := CreateOptions{Size: 256 << 10, Compact: true, BlockSize: 4 << 10, ChunkSize: 16 << 10, GrowUnit: 64 << 10, JournalSize: 8 << 10, JournalBuffer: -1}
+	buffered := compact
+	buffered.JournalBuffer = 0
+	overlay := CreateOptions{Size: 256 << 10, BlockSize: 4 << 10, JournalSize: 8 << 10, JournalBuffer: -1}
+	shapes := []shape{
+		{create: compact, base: 100 << 10, data: "file"},
+		{create: overlay, base: 200 << 10},
+		{create: compact, base: -1},
+		{create: buffered, base: 100 << 10},
+		{create: buffered, base: 100 << 10, data: "file", open: Options{Writethrough: true}},
+	}
+	if raceEnabled { // every fault is a run of its own
+		shapes = shapes[:1]
+	}
+	for _, s := range shapes {
+		t.Run(s.String(), func(t *testing.T) {
+			err := crashlab.ForEachFault(list, 200, func(in *crashlab.Injector) error { return runFaults(t, s, in) })
+			must(t, err)
+		})
+	}
+}
+
+func runFaults(t *testing.T, s shape, in *crashlab.Injector) error {
+	r := newRig(t, s)
+	if err := r.im.Close(); err != nil {
+		return err
+	}
+	f := &faultRun{r: r}
+	for i := 0; i < len(r.want); i += 512 {
+		f.allowed = append(f.allowed, []byte{r.want[i]})
+	}
+	o := r.options()
+	if o.Data != nil {
+		o.Data = in.Wrap(o.Data)
+	}
+	im, err := Open(in.Wrap(r.meta), o)
+	if err != nil {
+		if in.Hits() == 0 {
+			return err
+		}
+	} else {
+		r.im = im
+		err := script(
+			f.write(0x81, 0, 512), f.write(0x83, 20<<10, 40<<10), f.flush,
+			f.soft(64<<10, 16<<10), f.write(0x85, 66<<10, 1024), f.zero(16<<10, 32<<10), f.flush,
+			f.write(0x87, 17<<10, 512), f.zero(16<<10, 16<<10), f.write(0x89, 128<<10, 512), ignoring(im.Checkpoint), f.flush,
+			f.write(0x8B, 200<<10, 20<<10), f.write(0x8D, 0, 1024), f.zero(0, 64<<10), f.write(0x8F, 16<<10, 512),
+		)
+		if err != nil {
+			return err
+		}
+		if err := im.Close(); err != nil && in.Hits() == 0 {
+			return err
+		}
+	}
+	if err := r.reopen(); err != nil {
+		return fmt.Errorf("opening again: %w", err)
+	}
+	disk := make([]byte, r.im.Size())
+	if _, err := r.im.ReadAt(disk, 0); err != nil {
+		return err
+	}
+	for s, allowed := range f.allowed {
+		if got := disk[s*512]; bytes.IndexByte(allowed, got) < 0 {
+			return fmt.Errorf("sector %d holds %#x, want one of %#x", s, got, allowed)
+		}
+	}
+	if err := r.im.Close(); err != nil {
+		return err
+	}
+	res, err := Check(r.meta, CheckOptions{Data: r.options().Data})
+	if err == nil && res.Corruptions > 0 { // chunks that could not be punched may leak
+		err = fmt.Errorf("the checker found %v", res.Findings)
+	}
+	return err
+}
+
+// ignoring runs a request whose failure is not judged.
+func ignoring(fn func() error) func() error {
+	return func() error {
+		_ = fn()
+		return nil
+	}
+}

@@ -1,0 +1,230 @@
+package fvd
+
+import (
+	"fmt"
+	"hash/crc32"
+	"math/bits"
+	"sync"
+	"sync/atomic"
+
+	"github.com/platter-disk/platter/storage"
+)
+
+// metadata is the bitmap and the table of an open image, and the means to make changes of them durable.
+//
+// Two bitmaps: fresh says where the valid bytes of a block are now, and reads and copy-up go by it; stale says
+// what a crash would leave recoverable. stale is a subset of fresh. A block copied up without being written by
+// the guest is fresh and not stale until a checkpoint.
+type metadata struct {
+	g    geometry // changes under guard.pause only
+	name string
+	file storage.File
+	data store
+
+	fresh, stale bitset
+	table        table
+
+	bitmapPages, tablePages pageSet // changed since they were last written
+
+	// dataSync and metaSync are one barrier when the data lies in the image file.
+	dataSync, metaSync *barrier
+	metaWritten        atomic.Bool // metadata writes since the last metaSync; with a data file only
+
+	headerMu sync.Mutex
+	header   *Header
+	inUse    atomic.Bool // clean_shutdown is durably 0
+	doubtful bool        // opened in spite of an unclean end without a journal: never becomes clean by itself
+
+	latch atomic.Pointer[failure]
+
+	alloc  *allocator
+	guard  *guard
+	crc    *crc32.Table
+	mutant Mutant
+}
+
+// writingTable is how metadata.fail calls the part of a checkpoint that a mutant forgives.
+const writingTable = "writing the table"
+
+// failure is the first error after which nobody knows what is on the disk.
+type failure struct{ err error }
+
+// tableMemory is the memory in bytes that bitmaps and table take once loaded.
+func (m *metadata) tableMemory() int64 {
+	return 2*ceilDiv(int64(m.g.blocks()), 8) + 4*int64(m.g.chunks())
+}
+
+// initTables makes an empty bitmap and table; tableMemory was checked.
+func (m *metadata) initTables() {
+	m.fresh = newBitset(m.g.blocks())
+	m.stale = newBitset(m.g.blocks())
+	m.bitmapPages = newPageSet(int(ceilDiv(int64(m.fresh.n), pageBits)))
+	m.table = newTable(m.g.chunks())
+	m.tablePages = newPageSet(int(ceilDiv(int64(len(m.table)), pageEntries)))
+}
+
+// fail latches err: from now on every change and flush is refused with it (defects D-04, D-05, D-14).
+func (m *metadata) fail(doing string, err error) error {
+	f := &failure{fmt.Errorf("fvd image %s: %s failed, what is on the disk is unknown, reopen the image: %w", m.name, doing, err)}
+	if m.mutant == MutantNoLatch || m.mutant == MutantReuseAfterFailure && doing == writingTable {
+		return f.err
+	}
+	if !m.latch.CompareAndSwap(nil, f) {
+		f = m.latch.Load()
+	}
+	return f.err
+}
+
+// failed returns the latched error.
+func (m *metadata) failed() error {
+	if f := m.latch.Load(); f != nil {
+		return f.err
+	}
+	return nil
+}
+
+// separate reports whether the data lies in a file of its own.
+func (m *metadata) separate() bool { return m.dataSync != m.metaSync }
+
+// initBarriers sets up the barriers; sameFile says that data is the image file.
+func (m *metadata) initBarriers(sameFile bool) {
+	m.dataSync = newBarrier(func() error {
+		if err := m.data.sync(); err != nil {
+			return m.fail("flushing the data", err)
+		}
+		return nil
+	})
+	m.metaSync = m.dataSync
+	if sameFile {
+		return
+	}
+	m.metaSync = newBarrier(func() error {
+		if !m.metaWritten.Swap(false) {
+			return nil
+		}
+		if err := m.file.Sync(); err != nil {
+			return m.fail("flushing the metadata", err)
+		}
+		return nil
+	})
+}
+
+// writeMeta writes metadata; a failure is latched.
+func (m *metadata) writeMeta(doing string, p []byte, off metaOffset) error {
+	if _, err := m.file.WriteAt(p, int64(off)); err != nil {
+		return m.fail(doing, err)
+	}
+	m.metaWritten.Store(true)
+	return nil
+}
+
+// writeHeader changes the fields of header sector 6 and writes that one sector (defect D-13). It is durable
+// after the next metaSync.
+func (m *metadata) writeHeader(change func(*Header)) error {
+	m.headerMu.Lock()
+	defer m.headerMu.Unlock()
+	change(m.header)
+	b, err := m.header.encode()
+	if err != nil {
+		return err
+	}
+	return m.writeMeta("writing the header", b[mutableSector:mutableSector+sectorSize], mutableSector)
+}
+
+// headerCopy returns the header as it stands.
+func (m *metadata) headerCopy() Header {
+	m.headerMu.Lock()
+	defer m.headerMu.Unlock()
+	return *m.header
+}
+
+// markInUse makes clean_shutdown=0 durable, before the first change of metadata or allocation since the image
+// was opened (defect D-12).
+func (m *metadata) markInUse() error {
+	if m.inUse.Load() {
+		return nil
+	}
+	if err := m.writeHeader(func(h *Header) { h.CleanShutdown = false }); err != nil {
+		return err
+	}
+	if err := m.metaSync.wait(); err != nil {
+		return err
+	}
+	m.inUse.Store(true)
+	return nil
+}
+
+// setFresh notes that the blocks hold valid bytes in this image.
+func (m *metadata) setFresh(first, last blockIndex) {
+	if first >= last {
+		return
+	}
+	m.fresh.setRange(first, last)
+	m.bitmapPages.mark(int(first/pageBits), int((last-1)/pageBits))
+}
+
+// setEntry changes a table entry; the caller holds alloc.mu.
+func (m *metadata) setEntry(c chunkIndex, e entry) {
+	m.table.set(c, e)
+	m.tablePages.mark(int(c/pageEntries), int(c/pageEntries))
+}
+
+// mapChunks gives every chunk of [first, last) a place in the storage. Places that are new read as zeros, and
+// durably so.
+func (m *metadata) mapChunks(first, last chunkIndex) error {
+	c := first
+	for c < last && m.table.get(c).mapped() {
+		c++
+	}
+	if c == last {
+		return nil
+	}
+	m.alloc.mu.Lock()
+	defer m.alloc.mu.Unlock()
+	for ; c < last; c++ {
+		if m.table.get(c).mapped() {
+			continue
+		}
+		id, err := m.alloc.take()
+		if err != nil {
+			return err
+		}
+		m.setEntry(c, entry(id)|entryDirty)
+	}
+	return nil
+}
+
+// unmapChunk takes the mapping of a chunk away and returns what it named; ok is false if there was none.
+func (m *metadata) unmapChunk(c chunkIndex) (id chunkID, ok bool) {
+	m.alloc.mu.Lock()
+	defer m.alloc.mu.Unlock()
+	e := m.table.get(c)
+	if !e.mapped() {
+		return 0, false
+	}
+	m.setEntry(c, entryUnmapped)
+	return e.id(), true
+}
+
+// pageSet is a set of 4 KiB pages of the bitmap or the table.
+type pageSet []uint64
+
+func newPageSet(pages int) pageSet { return make(pageSet, (pages+63)/64) }
+
+// mark adds pages first to last.
+func (s pageSet) mark(first, last int) {
+	for i := first; i <= last; i++ {
+		if bit := uint64(1) << (i & 63); atomic.LoadUint64(&s[i>>6])&bit == 0 {
+			atomic.OrUint64(&s[i>>6], bit)
+		}
+	}
+}
+
+// drain empties the set and calls fn for each page that was in it, in order.
+func (s pageSet) drain(fn func(page int)) {
+	for i := range s {
+		for w := atomic.SwapUint64(&s[i], 0); w != 0; w &= w - 1 {
+			fn(i<<6 + bits.TrailingZeros64(w))
+		}
+	}
+}

@@ -1,0 +1,5 @@
+//go:build race
+
+package fvd
+
+const raceEnabled = true

@@ -1,0 +1,232 @@
+package fvd
+
+import (
+	"fmt"
+
+	"github.com/platter-disk/platter/internal/bufpool"
+	"github.com/platter-disk/platter/storage"
+)
+
+// maxAnomalies bounds how many journal anomalies are described one by one.
+const maxAnomalies = 16
+
+// Replay tells what reading a journal found.
+type Replay struct {
+	Sectors   int64    // sectors that hold records
+	Records   int64    // records applied, in whole or in part
+	Stale     int64    // records that a checkpoint had outdated
+	Damaged   int64    // sectors whose checksum is wrong: torn by a crash; ignored
+	Anomalies []string // what no crash explains, the first few
+	anomalies int64
+}
+
+func (r *Replay) anomaly(format string, args ...any) {
+	r.anomalies++
+	if len(r.Anomalies) < maxAnomalies {
+		r.Anomalies = append(r.Anomalies, fmt.Sprintf(format, args...))
+	}
+}
+
+// forEachData reads the parts of [off, off+length) of f that are not holes and calls fn with them, in pieces of at
+// most ioUnit bytes; where a piece begins is a multiple of align from off.
+func forEachData(f storage.File, off metaOffset, length, align int64, fn func(at int64, p []byte) error) error {
+	buf := bufpool.Get(int(min(length, ioUnit)))
+	defer buf.Put()
+	var err error
+	done := int64(0)
+	extentErr := f.DataExtents(int64(off), length, func(e storage.Extent) bool {
+		from, to := max(done, roundDown(e.Offset-int64(off), align)), min(length, roundUp(e.Offset+e.Length-int64(off), align))
+		if !e.Data || from >= to {
+			return true
+		}
+		for at := from; at < to; at += int64(len(buf.B)) {
+			p := buf.B[:min(int64(len(buf.B)), to-at)]
+			if err = storage.ReadFull(f, p, int64(off)+at); err == nil {
+				err = fn(at, p)
+			}
+			if err != nil {
+				return false
+			}
+		}
+		done = to
+		return true
+	})
+	if err == nil {
+		err = extentErr
+	}
+	return err
+}
+
+// loadBitmap reads the bitmap into fresh.
+func (m *metadata) loadBitmap() (stray bool, err error) {
+	err = forEachData(m.file, m.g.bitmapAt, ceilDiv(int64(m.fresh.n), 8), 8, func(at int64, p []byte) error {
+		stray = m.fresh.decode(p, at) || stray
+		return nil
+	})
+	if err != nil {
+		err = fmt.Errorf("fvd image %s: reading the bitmap: %w", m.name, err)
+	}
+	return stray, err
+}
+
+// loadTable reads the table as stored.
+func (m *metadata) loadTable() error {
+	clear(m.table) // holes, which no writer leaves, are chunk 0
+	err := forEachData(m.file, m.g.tableStart, 4*int64(len(m.table)), 4, func(at int64, p []byte) error {
+		decodeEntries(m.table[at/4:at/4+int64(len(p)/4)], p)
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("fvd image %s: reading the table: %w", m.name, err)
+	}
+	return nil
+}
+
+// replayJournal applies the journal to the tables in memory (FVD specification 1.7) and returns the highest epoch
+// it saw. A record is checked as a whole before anything of it is applied (D-17 to D-20).
+func (m *metadata) replayJournal() (r Replay, highest epoch, err error) {
+	stable := epoch(m.header.StableEpoch)
+	var best []epoch // of the record that decided a chunk's entry
+	err = forEachData(m.file, m.g.journalAt, m.g.journalLen, sectorSize, func(at int64, p []byte) error {
+		for ; len(p) > 0; p, at = p[sectorSize:], at+sectorSize {
+			state, records, generation := openSector(p[:sectorSize], m.g.trailer, m.crc)
+			switch {
+			case state == sectorBlank:
+				continue
+			case state == sectorDamaged:
+				r.Damaged++
+				continue
+			case generation >= maxEpoch:
+				r.anomaly("journal sector %d: generation %d, want less than 2^63", at/sectorSize, generation)
+				continue
+			}
+			r.Sectors++
+			highest = max(highest, generation)
+			rd := recordReader{rest: records}
+			for {
+				rec, ok, err := rd.next()
+				if err == nil && ok {
+					err = rec.validate(&m.g)
+				}
+				if err != nil {
+					r.anomaly("journal sector %d: %v", at/sectorSize, err)
+					break
+				}
+				if !ok {
+					break
+				}
+				if rec.table {
+					highest = max(highest, rec.epoch)
+				}
+				if m.g.trailer && generation <= stable || rec.table && rec.epoch <= stable {
+					r.Stale++
+					continue
+				}
+				r.Records++
+				if !rec.table {
+					first, last := m.g.blockRange(rec.guestRange())
+					m.setFresh(first, last)
+					continue
+				}
+				if best == nil {
+					best = make([]epoch, len(m.table))
+				}
+				m.replayTable(&rec, best)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		err = fmt.Errorf("fvd image %s: reading the journal: %w", m.name, err)
+	}
+	return r, highest, err
+}
+
+// replayTable applies a TABLE record: the highest epoch wins, whatever the order in the journal.
+func (m *metadata) replayTable(rec *record, best []epoch) {
+	for i := range rec.count() {
+		c := chunkIndex(rec.first) + chunkIndex(i)
+		if rec.epoch <= best[c] {
+			continue
+		}
+		best[c] = rec.epoch
+		if e := rec.entry(i).settled(); m.table.get(c) != e {
+			m.setEntry(c, e)
+		}
+	}
+}
+
+// usage is what the table says about the storage.
+type usage struct {
+	used []uint64 // bit a chunk number: some entry names it
+	next chunkID  // high-water mark: one above the highest chunk named
+}
+
+func (u *usage) has(id chunkID) bool {
+	return int(id>>6) < len(u.used) && u.used[id>>6]>>(id&63)&1 == 1
+}
+
+// tableFault is what can be wrong with a table entry.
+type tableFault uint8
+
+const (
+	faultDirty     tableFault = iota // DIRTY mark on the disk, otherwise good
+	faultOutside                     // past the end of the data storage
+	faultMetadata                    // on a chunk that holds metadata
+	faultDuplicate                   // names a chunk that another entry names
+)
+
+var tableFaultNames = [...]string{
+	"has its DIRTY mark set on the disk",
+	"lies past the end of the data storage",
+	"lies where the image keeps metadata",
+	"is named by another entry too",
+}
+
+// scanTable checks the table as a whole against a data storage with room for stored chunks (FVD specification
+// 1.14, D-20) and calls bad for every entry that cannot be; it stops when bad returns false. The usage is that of
+// the entries with a chunk of their own.
+func (m *metadata) scanTable(stored int64, bad func(chunkIndex, entry, tableFault) bool) (u usage) {
+	usable := func(e entry) bool { return int64(e.id()) < stored && !m.reservedChunk(e.id()) }
+	for c := range chunkIndex(len(m.table)) {
+		if e := m.table.get(c); e.mapped() && usable(e) {
+			u.next = max(u.next, e.id()+1)
+		}
+	}
+	u.used = make([]uint64, (int64(u.next)+63)/64)
+	for c := range chunkIndex(len(m.table)) {
+		e := m.table.get(c)
+		if e == entryEmpty {
+			continue
+		}
+		id := e.id()
+		fault := faultDirty
+		switch {
+		case int64(id) >= stored:
+			fault = faultOutside
+		case m.reservedChunk(id):
+			fault = faultMetadata
+		case u.has(id):
+			fault = faultDuplicate
+		default:
+			u.used[id>>6] |= 1 << (id & 63)
+			if e&entryDirty == 0 {
+				continue
+			}
+		}
+		if !bad(c, e, fault) {
+			break
+		}
+	}
+	return u
+}
+
+// reservedChunk reports whether metadata occupies a part of the chunk: a table that was moved into the data area
+// when the disk grew.
+func (m *metadata) reservedChunk(id chunkID) bool {
+	if m.header.Features&FeatureTableInData == 0 || m.header.DataFile != "" {
+		return false
+	}
+	start := int64(m.g.chunkData(id))
+	return start < int64(m.header.TableOffset+m.header.TableSize) && int64(m.header.TableOffset) < start+m.g.chunkSize
+}

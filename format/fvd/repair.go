@@ -1,0 +1,99 @@
+package fvd
+
+import (
+	"fmt"
+
+	"github.com/platter-disk/platter/internal/bufpool"
+)
+
+// fix writes the image as it should be. The order is that of a recovery: the image is marked in use, copies of
+// data come before the table that names them, the tables before the header that calls the image clean.
+func (k *checker) fix(next epoch) error {
+	m := k.m
+	if !k.changed {
+		if k.res.LeaksFixed > 0 {
+			return m.data.sync()
+		}
+		return nil
+	}
+	if err := m.markInUse(); err != nil {
+		return err
+	}
+	for _, b := range k.bad {
+		if err := k.fixEntry(b); err != nil {
+			return err
+		}
+	}
+	if k.stray {
+		last := int((m.fresh.n - 1) / pageBits)
+		m.bitmapPages.mark(last, last)
+	}
+	if err := m.data.sync(); err != nil {
+		return err
+	}
+	seal := epoch(0)
+	if m.g.journalLen > 0 {
+		seal = next
+	}
+	if err := m.checkpoint(m.snapshotTables(), headerChange{seal: seal}); err != nil {
+		return err
+	}
+	if err := scrubJournal(m.file, k.h); err != nil {
+		return fmt.Errorf("fvd image %s: clearing the journal: %w", m.name, err)
+	}
+	return m.checkpoint(m.snapshotTables(), headerChange{clean: true})
+}
+
+// fixEntry puts one table entry right. Two entries that name one chunk get a copy each: nobody can tell whose it
+// was. An entry that names nothing usable becomes EMPTY.
+func (k *checker) fixEntry(b badEntry) error {
+	m := k.m
+	id := b.e.id()
+	switch b.fault {
+	case faultDirty:
+		m.setEntry(b.c, entry(id))
+		return nil
+	case faultOutside, faultMetadata:
+		m.setEntry(b.c, entryEmpty)
+		return nil
+	}
+	fresh := k.use.next
+	for m.reservedChunk(fresh) {
+		fresh++
+	}
+	if int64(fresh) >= maxChunks {
+		return fmt.Errorf("fvd image %s: no chunk number is left for a copy of chunk %#x", m.name, id)
+	}
+	end := int64(m.g.chunkData(fresh)) + m.g.chunkSize
+	size, err := m.data.size()
+	if err != nil {
+		return err
+	}
+	if size < end {
+		if err := m.data.resize(end); err != nil {
+			return fmt.Errorf("fvd image %s: room for a copy of chunk %#x: %w", m.name, id, err)
+		}
+	}
+	if err := k.copyChunk(id, fresh); err != nil {
+		return fmt.Errorf("fvd image %s: copying chunk %#x: %w", m.name, id, err)
+	}
+	k.use.next = fresh + 1
+	m.setEntry(b.c, entry(fresh))
+	return nil
+}
+
+func (k *checker) copyChunk(from, to chunkID) error {
+	m := k.m
+	buf := bufpool.Get(int(min(m.g.chunkSize, ioUnit)))
+	defer buf.Put()
+	for off := int64(0); off < m.g.chunkSize; off += int64(len(buf.B)) {
+		p := buf.B[:min(int64(len(buf.B)), m.g.chunkSize-off)]
+		if err := m.data.read(p, m.g.chunkData(from)+dataOffset(off)); err != nil {
+			return err
+		}
+		if err := m.data.write(p, m.g.chunkData(to)+dataOffset(off)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
