@@ -406,6 +406,9 @@ func (a *allocator) release(r hostRun) error {
 				if err := a.checkUnused(c); err != nil {
 					return err
 				}
+				if a.inReserve(c) {
+					return a.im.corrupt(fmt.Sprintf("cluster %d", c), "two entries that own it", "one owner")
+				}
 				a.packer.leave(a.geo, c)
 				a.put(freeRun{start: c, n: 1, raised: true, zeroed: a.punch(c, r.punch)})
 				continue
@@ -420,6 +423,11 @@ func (a *allocator) release(r hostRun) error {
 		}
 	}
 	return nil
+}
+
+// inReserve reports whether a cluster is in the reserve already: then more entries than its count said owned it.
+func (a *allocator) inReserve(c hostCluster) bool {
+	return slices.ContainsFunc(a.reserve, func(r freeRun) bool { return r.start <= c && c < r.start+hostCluster(r.n) })
 }
 
 // wanted reports whether the reserve has room for a cluster that is being given up.

@@ -440,3 +440,54 @@ func TestHostileReferences(t *testing.T) {
 		}
 	}
 }
+
+// TestReleasedTwice: two entries claim the same cluster, whose count is 1. Giving both up must not put the
+// cluster into the reserve twice, where it would be handed out twice.
+func TestReleasedTwice(t *testing.T) {
+	for _, how := range Disciplines() {
+		t.Run(how, func(t *testing.T) {
+			f := storage.NewMemory("image")
+			if err := Create(f, CreateOptions{Size: 1 << 20, ClusterSize: 4096}); err != nil {
+				t.Fatal(err)
+			}
+			open := func() *Image {
+				im, err := Open(keepOpen{f}, Options{Discipline: how, Reserve: 4})
+				if err != nil {
+					t.Fatal(err)
+				}
+				return im
+			}
+			im := open()
+			if _, err := im.WriteAt(bytes.Repeat([]byte{1}, 4096), 0); err != nil {
+				t.Fatal(err)
+			}
+			table, _, _, err := im.l2Word(0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := im.Close(); err != nil {
+				t.Fatal(err)
+			}
+			var word [8]byte
+			if _, err := f.ReadAt(word[:], int64(table)); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := f.WriteAt(word[:], int64(table)+8); err != nil {
+				t.Fatal(err)
+			}
+
+			im = open()
+			defer im.Close()
+			err = im.Discard(0, 2*4096)
+			if err == nil {
+				err = im.Flush()
+			}
+			if err == nil {
+				t.Fatal("the cluster was given up twice without a complaint")
+			}
+			if _, err := im.WriteAt(word[:], 8192); err == nil {
+				t.Error("the image took another change")
+			}
+		})
+	}
+}
