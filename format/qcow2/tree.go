@@ -169,18 +169,11 @@ func (im *Image) raiseTree(t *l1Table, stale bool) (treePos, error) {
 
 func (im *Image) raiseChunk(t *l1Table, p treePos, stale bool) error {
 	table := t.entry(p.entry).offset()
-	c, err := im.pinChunk(table, p.chunk)
+	c, runs, err := im.pinReferences(table, p)
 	if err != nil {
 		return err
 	}
 	defer c.slice.unpin()
-	runs, err := im.clusters(c)
-	if err != nil {
-		return err
-	}
-	if p.closes(&im.geo) {
-		runs = append(runs, hostRun{start: im.geo.clusterOf(table), n: 1})
-	}
 	im.mu.Lock()
 	defer im.mu.Unlock()
 	if err := im.checkCounts(runs, true); err != nil {
@@ -207,6 +200,24 @@ func (im *Image) raiseChunk(t *l1Table, p treePos, stale bool) error {
 	}
 	im.discipline.progress(operation{opRaise, t.at, int64(len(t.words)), p.next(&im.geo)})
 	return nil
+}
+
+// pinReferences pins a chunk of an L2 table and returns what it refers to; with the last chunk goes the table
+// itself. The caller unpins the chunk.
+func (im *Image) pinReferences(table hostOff, p treePos) (chunk, []hostRun, error) {
+	c, err := im.pinChunk(table, p.chunk)
+	if err != nil {
+		return c, nil, err
+	}
+	runs, err := im.clusters(c)
+	if err != nil {
+		c.slice.unpin()
+		return c, nil, err
+	}
+	if p.closes(&im.geo) {
+		runs = append(runs, hostRun{start: im.geo.clusterOf(table), n: 1, table: true})
+	}
+	return c, runs, nil
 }
 
 // single reports whether a cluster's count is 1. The caller holds mu.
@@ -245,18 +256,11 @@ func (im *Image) flagWords(c chunk, want func(hostCluster) (bool, error)) (updat
 // equal places.
 func (im *Image) lowerChunk(t *l1Table, p treePos, done operation) error {
 	table := t.entry(p.entry).offset()
-	c, err := im.pinChunk(table, p.chunk)
+	c, runs, err := im.pinReferences(table, p)
 	if err != nil {
 		return err
 	}
 	defer c.slice.unpin()
-	runs, err := im.clusters(c)
-	if err != nil {
-		return err
-	}
-	if p.closes(&im.geo) {
-		runs = append(runs, hostRun{start: im.geo.clusterOf(table), n: 1, table: true})
-	}
 	active, err := im.pinActive(p)
 	if err != nil {
 		return err
