@@ -3,6 +3,7 @@ package nbd
 import (
 	"fmt"
 	"net"
+	"net/netip"
 	"net/url"
 	"strings"
 )
@@ -83,14 +84,19 @@ func ParseURI(s string) (URI, error) {
 		if u.Address != "" {
 			return fail("query parameter socket is for nbd+unix:// and nbds+unix:// only")
 		}
-		if p.Hostname() == "" {
+		host := p.Hostname()
+		if host == "" {
 			return fail("the host is missing")
+		}
+		// url.Parse lets "::" pass and takes all but the last colon for the host.
+		if _, err := netip.ParseAddr(host); err != nil && strings.Contains(host, ":") {
+			return fail("host %q, expected a name, an IPv4 address or an IPv6 address in brackets", host)
 		}
 		port := p.Port()
 		if port == "" {
 			port = DefaultPort
 		}
-		u.Address = net.JoinHostPort(p.Hostname(), port)
+		u.Address = net.JoinHostPort(host, port)
 	}
 	return u, nil
 }

@@ -59,6 +59,7 @@ func TestParseURIRefuses(t *testing.T) {
 		"nbd://host/%ff":                       "UTF-8",
 		"nbd://host/?a=%zz":                    "query",
 		"nbd://host:port/":                     "port",
+		"nBd://::":                             "expected a name",
 		"nbd://h/" + strings.Repeat("x", 4097): "4096",
 	} {
 		if u, err := ParseURI(s); err == nil || !strings.Contains(err.Error(), say) {
@@ -76,6 +77,8 @@ func FuzzParseURI(f *testing.F) {
 	for _, s := range []string{"nbd://h:1/x", "nbd+unix:///e?socket=/s", "nbds://[::1]/?tls-verify-peer=0", "nbds+unix:///?socket=%00a&tls-certificates=/d"} {
 		f.Add(s)
 	}
+	f.Add("nbd://::")
+	f.Add("nbd://[fe80::1%25eth0]/")
 	f.Fuzz(func(t *testing.T, s string) {
 		u, err := ParseURI(s)
 		if err != nil {
