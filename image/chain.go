@@ -22,10 +22,12 @@ var ErrCycle = errors.New("the file is part of the chain already")
 
 // chain opens the layers of one image.
 type chain struct {
-	ctx    context.Context
-	o      Options
-	seen   []identity
-	layers []Layer
+	ctx     context.Context
+	o       Options
+	seen    []identity
+	layers  []Layer
+	devices []block.Device // of the layers
+	depth   int            // layers above this chain, when it is that of a data file
 }
 
 // identity tells files apart that have several names.
@@ -81,19 +83,20 @@ func (c *chain) openLocation(l *location, readOnly, share, direct bool) (storage
 
 // open opens a layer and what is below it. parent is the node that refers to it, nil at the top.
 func (c *chain) open(n *node, parent *node) (*opened, error) {
-	if len(c.layers) == MaxDepth {
+	if c.depth+len(c.layers) >= MaxDepth {
 		return nil, fmt.Errorf("'%s': the chain has more than %d layers", printable(n.at.String()), MaxDepth)
 	}
+	layer := len(c.layers)
+	n.readOnly = n.readOnly || c.o.ReadOnly || layer > c.o.WritableBacking
+	n.share = n.share || c.o.Share
 	if parent != nil {
-		n.readOnly, n.share = true, n.share || parent.share
-	} else {
-		n.readOnly, n.share = n.readOnly || c.o.ReadOnly, n.share || c.o.Share
+		n.share = n.share || parent.share
 	}
 	if n.share && !n.readOnly {
 		return nil, errors.New("force-share=on can only be used with read-only images")
 	}
 	c.layers = append(c.layers, Layer{Name: n.at.String(), ReadOnly: n.readOnly})
-	layer := len(c.layers) - 1
+	c.devices = append(c.devices, nil)
 
 	f, err := c.openLocation(n.at, n.readOnly, n.share, n.direct)
 	if err != nil {
@@ -125,15 +128,19 @@ func (c *chain) openFormat(n *node, f storage.File, layer int) (*opened, error) 
 		return nil, err
 	}
 	result := &opened{file: f}
-	if n.format == formatRaw {
+	switch n.format {
+	case formatRaw:
 		result.probedRaw = probed
 		result.dev, err = c.openRaw(n, f, layer, probed)
-	} else {
+	case formatFVD:
+		result.dev, err = c.openFVD(n, f, layer)
+	default:
 		result.dev, err = c.openQcow2(n, f, layer)
 	}
 	if err != nil {
 		return nil, err
 	}
+	c.devices[layer] = result.dev
 	l := &c.layers[layer]
 	l.Format, l.Size, l.FileSize = n.format, result.dev.Size(), size
 	if n.shown != "" {
@@ -147,6 +154,14 @@ func (c *chain) discard(n *node) bool {
 		return *n.discard
 	}
 	return c.o.Discard
+}
+
+// discipline is how metadata of a layer becomes durable; what the options say is about the top.
+func (c *chain) discipline(n *node, layer int) string {
+	if n.discipline != "" || layer > 0 {
+		return n.discipline
+	}
+	return c.o.Discipline
 }
 
 func (c *chain) openRaw(n *node, f storage.File, layer int, probed bool) (block.Device, error) {
@@ -169,10 +184,7 @@ func (c *chain) openQcow2(n *node, f storage.File, layer int) (dev block.Device,
 	}
 	o := qcow2.Options{
 		ReadOnly: n.readOnly, Discard: c.discard(n), Writethrough: c.o.Writethrough || n.writethrough,
-		Discipline: c.o.Discipline, L2CacheSize: c.o.L2CacheSize, RefcountCacheSize: c.o.RefcountCacheSize,
-	}
-	if n.discipline != "" {
-		o.Discipline = n.discipline
+		Discipline: c.discipline(n, layer), L2CacheSize: c.o.L2CacheSize, RefcountCacheSize: c.o.RefcountCacheSize,
 	}
 	if n.l2Cache != 0 {
 		o.L2CacheSize = n.l2Cache
@@ -191,28 +203,35 @@ func (c *chain) openQcow2(n *node, f storage.File, layer int) (dev block.Device,
 			o.Backing.Close()
 		}
 	}()
-	if o.DataFile, err = c.openDataFile(n, h, layer); err != nil {
+	if o.DataFile, err = c.openQcow2Data(n, h, layer); err != nil {
 		return nil, err
 	}
-	c.layers[layer].BackingFile, c.layers[layer].BackingFormat = h.BackingFile, h.BackingFormat
+	ref := backingReference{h.BackingFile, h.BackingFormat}
+	c.layers[layer].BackingFile, c.layers[layer].BackingFormat = ref.file, ref.format
 	o.NoBacking = n.noBacking || layer == 0 && c.o.NoBacking
 	if !o.NoBacking {
-		if o.Backing, err = c.openBacking(n, h, layer); err != nil {
+		if o.Backing, err = c.openBacking(n, ref, layer); err != nil {
 			return nil, err
 		}
 	}
 	return qcow2.Open(f, o)
 }
 
+// backingReference is what an image says of the layer below it.
+type backingReference struct {
+	file   string // "" for none
+	format string // "" to find out by looking
+}
+
 // openBacking opens the layer below: what the name says, else what the image says; nil for none.
-func (c *chain) openBacking(n *node, h *qcow2.Header, layer int) (block.Device, error) {
+func (c *chain) openBacking(n *node, stored backingReference, layer int) (block.Device, error) {
 	below := n.backing
 	switch {
-	case below == nil && h.BackingFile == "":
+	case below == nil && stored.file == "":
 		return nil, nil
 	case below == nil:
 		var err error
-		if below, err = c.resolveBacking(n, h, layer); err != nil {
+		if below, err = c.resolveBacking(n, stored, layer); err != nil {
 			return nil, qemuError("Could not open backing file of '%s': %w", printable(n.at.String()), err)
 		}
 	default:
@@ -226,8 +245,8 @@ func (c *chain) openBacking(n *node, h *qcow2.Header, layer int) (block.Device, 
 }
 
 // resolveBacking passes the reference that an image holds through the gate.
-func (c *chain) resolveBacking(n *node, h *qcow2.Header, layer int) (*node, error) {
-	below, ref, err := parseReference(gate.Backing, n.at, h.BackingFile)
+func (c *chain) resolveBacking(n *node, stored backingReference, layer int) (*node, error) {
+	below, ref, err := parseReference(gate.Backing, n.at, stored.file, besideImage)
 	if err != nil {
 		return nil, err
 	}
@@ -235,28 +254,35 @@ func (c *chain) resolveBacking(n *node, h *qcow2.Header, layer int) (*node, erro
 	if err := c.o.Gate.Allow(ref); err != nil {
 		return nil, err
 	}
-	if below.format == "" && h.BackingFormat != "" {
-		if err := checkFormat(h.BackingFormat); err != nil {
+	if below.format == "" && stored.format != "" {
+		if err := checkFormat(stored.format); err != nil {
 			return nil, err
 		}
-		below.format = h.BackingFormat
+		below.format = stored.format
 	}
 	return below, nil
 }
 
-// openDataFile opens the external data file: what the caller says, else what the image says; nil for none.
-func (c *chain) openDataFile(n *node, h *qcow2.Header, layer int) (f storage.File, err error) {
-	at := n.dataFile
-	if at == nil && layer == 0 && c.o.DataFile != "" {
-		if at, err = parseLocation(c.o.DataFile); err != nil {
-			return nil, err
-		}
+// dataLocation is where the caller says that the external data file is; nil to ask the image.
+func (c *chain) dataLocation(n *node, layer int) (*location, error) {
+	if n.dataFile == nil && layer == 0 && c.o.DataFile != "" {
+		return parseLocation(c.o.DataFile)
+	}
+	return n.dataFile, nil
+}
+
+// openQcow2Data opens the external data file: what the caller says, else what the image says; nil for none.
+func (c *chain) openQcow2Data(n *node, h *qcow2.Header, layer int) (storage.File, error) {
+	at, err := c.dataLocation(n, layer)
+	if err != nil {
+		return nil, err
 	}
 	if at == nil && h.HasDataFile() {
 		if h.DataFile == "" {
 			return nil, errors.New("'data-file' is required for this image")
 		}
-		found, ref, err := parseReference(gate.DataFile, n.at, h.DataFile)
+		// QEMU looks for it from the working directory.
+		found, ref, err := parseReference(gate.DataFile, n.at, h.DataFile, fromWorkingDirectory)
 		if err == nil {
 			err = c.o.Gate.Allow(ref)
 		}
@@ -268,12 +294,15 @@ func (c *chain) openDataFile(n *node, h *qcow2.Header, layer int) (f storage.Fil
 	if at == nil {
 		return nil, nil
 	}
-	if f, err = c.openLocation(at, n.readOnly, n.share, n.direct); err != nil {
-		return nil, err
-	}
-	if layer == 0 && c.o.Wrap != nil {
+	c.layers[layer].DataFile = at.String()
+	return c.openDataFile(n, at, layer)
+}
+
+// openDataFile opens the bytes of a data file.
+func (c *chain) openDataFile(n *node, at *location, layer int) (storage.File, error) {
+	f, err := c.openLocation(at, n.readOnly, n.share, n.direct)
+	if err == nil && layer == 0 && c.o.Wrap != nil {
 		f = c.o.Wrap(f)
 	}
-	c.layers[layer].DataFile = at.String()
-	return f, nil
+	return f, err
 }

@@ -7,18 +7,22 @@ import (
 	"io/fs"
 	"os"
 
+	"github.com/platter-disk/platter/format/fvd"
 	"github.com/platter-disk/platter/format/qcow2"
 	"github.com/platter-disk/platter/format/raw"
 	"github.com/platter-disk/platter/image/gate"
 	"github.com/platter-disk/platter/storage"
 )
 
-// CreateOptions are the options of a new image. The embedded ones that are not Size or Preallocation are of
-// qcow2 only; BackingSize and DataFile are filled in by Create.
+// CreateOptions are the options of a new image. The embedded ones that are not Size or Preallocation, those of
+// the backing file, or DataFileName, are of qcow2 only; BackingSize and DataFile are filled in by Create.
 type CreateOptions struct {
 	// Size is in bytes. Negative, or 0 with a backing file, means that none was given: it is the size of the
 	// backing file then, and without one an error.
 	qcow2.CreateOptions
+
+	// FVD are the options that only that format has. Size, preallocation, base image and data file are those above.
+	FVD fvd.CreateOptions
 
 	NoCoW         bool // ask a copy-on-write file system to write the file in place
 	BackingUnseen bool // do not open the backing file: it need not exist, and Size must be given
@@ -42,22 +46,37 @@ func Create(ctx context.Context, format, name string, o CreateOptions) error {
 	}
 	created := newFiles{}
 	defer created.removeUnlessKept()
-	f, err := created.create(at, o.NoCoW)
-	if err != nil {
-		return err
+	switch format {
+	case formatRaw:
+		err = createRaw(at, o, &created)
+	case formatFVD:
+		err = createFVD(ctx, at, o, &created)
+	default:
+		err = createQcow2(at, o, &created)
 	}
-	if format == formatRaw {
-		err = raw.Create(f, o.Size, o.Preallocation)
-	} else {
-		err = createQcow2(f, o, &created)
-	}
-	if err = errors.Join(err, f.Close()); err == nil {
+	if err == nil {
 		created.keep()
 	}
 	return err
 }
 
-func createQcow2(f storage.File, o CreateOptions, created *newFiles) error {
+func createRaw(at *location, o CreateOptions, created *newFiles) error {
+	f, err := created.create(at, o.NoCoW)
+	if err != nil {
+		return err
+	}
+	return errors.Join(raw.Create(f, o.Size, o.Preallocation), f.Close())
+}
+
+func createQcow2(at *location, o CreateOptions, created *newFiles) error {
+	f, err := created.create(at, o.NoCoW)
+	if err != nil {
+		return err
+	}
+	return errors.Join(writeQcow2(f, o, created), f.Close())
+}
+
+func writeQcow2(f storage.File, o CreateOptions, created *newFiles) error {
 	if o.DataFileName == "" {
 		return qcow2.Create(f, o.CreateOptions)
 	}
@@ -77,6 +96,10 @@ func createQcow2(f storage.File, o CreateOptions, created *newFiles) error {
 func ResolveCreate(ctx context.Context, format, name string, o CreateOptions) (CreateOptions, error) {
 	switch format {
 	case formatQcow2:
+	case formatFVD:
+		if o.BackingFile != "" && o.BackingUnseen {
+			return o, errors.New("an image in format fvd records the size of its base image, which must be there")
+		}
 	case formatRaw:
 		if o.BackingFile != "" {
 			return o, qemuError("Backing file not supported for file format 'raw'")
@@ -85,7 +108,7 @@ func ResolveCreate(ctx context.Context, format, name string, o CreateOptions) (C
 		return o, qemuError("Unknown file format '%s': %w", printable(format), ErrUnsupportedFormat)
 	}
 	if o.BackingFile != "" {
-		if err := resolveCreateBacking(ctx, name, &o); err != nil {
+		if err := resolveCreateBacking(ctx, format, name, &o); err != nil {
 			return o, err
 		}
 	}
@@ -96,7 +119,7 @@ func ResolveCreate(ctx context.Context, format, name string, o CreateOptions) (C
 }
 
 // resolveCreateBacking learns the size of the backing file, and sees to it that it can be opened.
-func resolveCreateBacking(ctx context.Context, name string, o *CreateOptions) error {
+func resolveCreateBacking(ctx context.Context, format, name string, o *CreateOptions) error {
 	at, err := createLocation(name)
 	if err != nil {
 		return err
@@ -106,7 +129,7 @@ func resolveCreateBacking(ctx context.Context, name string, o *CreateOptions) er
 			return err
 		}
 	}
-	below, ref, refErr := parseReference(gate.Backing, at, o.BackingFile)
+	below, ref, refErr := parseReference(gate.Backing, at, o.BackingFile, besideImage)
 	if refErr == nil && sameFile(at.path, ref.Name) {
 		return qemuError("Error: Trying to create an image with the same filename as the backing file")
 	}
@@ -122,13 +145,10 @@ func resolveCreateBacking(ctx context.Context, name string, o *CreateOptions) er
 	case refErr != nil:
 		return refErr
 	}
-	if o.Gate == nil {
-		o.Gate = gate.SameDirectory{}
-	}
 	if below.format == "" {
 		below.format = o.BackingFormat
 	}
-	c := &chain{ctx: ctx, o: Options{ReadOnly: true, Share: true, Gate: o.Gate}}
+	c := &chain{ctx: ctx, o: Options{ReadOnly: true, Share: true, Gate: o.gate()}}
 	backing, err := c.open(below, nil)
 	if err != nil {
 		return qemuError("%w\nCould not open backing image.", err)
@@ -137,6 +157,9 @@ func resolveCreateBacking(ctx context.Context, name string, o *CreateOptions) er
 	if err := backing.dev.Close(); err != nil {
 		return err
 	}
+	if o.BackingFormat == "" && format == formatFVD {
+		o.BackingFormat = c.layers[0].Format // recorded, so that nobody guesses again
+	}
 	if o.BackingFormat == "" {
 		return qemuError("Backing file specified without backing format\nDetected format of %s.", c.layers[0].Format)
 	}
@@ -144,6 +167,14 @@ func resolveCreateBacking(ctx context.Context, name string, o *CreateOptions) er
 		o.Size = o.BackingSize
 	}
 	return nil
+}
+
+// gate is what decides about references.
+func (o *CreateOptions) gate() gate.Gate {
+	if o.Gate == nil {
+		return gate.SameDirectory{}
+	}
+	return o.Gate
 }
 
 func sameFile(a, b string) bool {

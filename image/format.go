@@ -4,12 +4,14 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/platter-disk/platter/format/fvd"
 	"github.com/platter-disk/platter/format/qcow2"
 	"github.com/platter-disk/platter/format/raw"
 	"github.com/platter-disk/platter/storage"
 )
 
 const (
+	formatFVD   = "fvd"
 	formatRaw   = "raw"
 	formatQcow2 = "qcow2"
 )
@@ -18,7 +20,7 @@ const (
 var ErrUnsupportedFormat = errors.New("the image format is not supported")
 
 // Formats returns the names of the formats that Open and Create know, in alphabetical order.
-func Formats() []string { return []string{formatQcow2, formatRaw} }
+func Formats() []string { return []string{formatFVD, formatQcow2, formatRaw} }
 
 // checkFormat accepts the names of formats, as given by users and by images.
 func checkFormat(name string) error {
@@ -43,6 +45,9 @@ func Probe(f storage.File) (string, error) {
 	}
 	if qcow2.Probe(head) {
 		return formatQcow2, nil
+	}
+	if fvd.Probe(head) {
+		return formatFVD, nil
 	}
 	if foreign := raw.Foreign(head); foreign != "" {
 		return "", fmt.Errorf("%s looks like an image in format %q; name the format raw to use its bytes as they are: %w", f.Name(), foreign, ErrUnsupportedFormat)

@@ -18,7 +18,7 @@
 // (package gate), chains end (1024 layers) and never form a cycle, and a disk whose format was only guessed to
 // be raw cannot be turned into another format by what is written to it (package raw).
 //
-// Only the top layer is opened for writing. It holds the locks of a writer and the layers below those of
+// Only the top layer is opened for writing (but see Options.WritableBacking). It holds the locks of a writer and the layers below those of
 // readers, so that several overlays share a backing file and nobody writes it meanwhile (package storage).
 package image
 
@@ -27,6 +27,7 @@ import (
 	"fmt"
 
 	"github.com/platter-disk/platter/block"
+	"github.com/platter-disk/platter/format/fvd"
 	"github.com/platter-disk/platter/format/qcow2"
 	"github.com/platter-disk/platter/image/gate"
 	"github.com/platter-disk/platter/storage"
@@ -52,13 +53,25 @@ type Options struct {
 	NoBacking bool   // read the top layer alone; what it holds no data for reads as zeros
 	DataFile  string // path or NBD URI of the external data file, instead of the one that the image names
 
-	Discipline        string // how qcow2 metadata becomes durable; "" for the default of package qcow2
-	L2CacheSize       int64  // bytes, each qcow2 layer; 0 for its default
-	RefcountCacheSize int64  // bytes; 0 for the default
+	// Discipline says how metadata of the top layer becomes durable: one of qcow2.Disciplines, or "immediate" or
+	// "buffered" for the journal of an FVD image. "" is the default of its format.
+	Discipline        string
+	L2CacheSize       int64 // bytes, each qcow2 layer; 0 for its default
+	RefcountCacheSize int64 // bytes; 0 for the default
 
 	Direct       bool // bypass the page cache of local files
 	Writethrough bool // every change is durable when it is reported done
 	Discard      bool // give space that a guest discards back to the file system
+
+	// WritableBacking is how many layers below the top are opened for writing too, with the locks of writers;
+	// for jobs that write a backing file (commit).
+	WritableBacking int
+
+	// AllowDirty opens an FVD image that has no journal and was not closed cleanly, at the operator's risk.
+	AllowDirty bool
+	// GrowStorage makes storage of an FVD image that cannot be resized (a volume) larger by at least need bytes.
+	// Nil: writes fail when it is full. The command that an image may name for this is never executed.
+	GrowStorage func(need int64) error
 
 	// Wrap, unless nil, is put around the file and the external data file of the top layer before the format
 	// sees them: to count, record or fail what the format does.
@@ -72,13 +85,14 @@ type Image struct {
 	file   storage.File
 	layers []Layer
 	probed bool
-	qcow2  *qcow2.Image
+
+	devices []block.Device // of the layers
 }
 
 // Layer describes one image of a chain.
 type Layer struct {
 	Name          string // path or URI of its file
-	Format        string // "qcow2", "raw"; where the name asked for a protocol driver, that driver: "file", "nbd"
+	Format        string // "fvd", "qcow2", "raw"; where the name asked for a protocol driver, that driver: "file", "nbd"
 	Size          int64  // bytes of the virtual disk
 	FileSize      int64  // bytes of the file
 	ReadOnly      bool
@@ -121,9 +135,7 @@ func open(ctx context.Context, name string, o Options) (*Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	im := &Image{Device: top.dev, name: name, file: top.file, probed: top.probedRaw, layers: c.layers}
-	im.qcow2, _ = top.dev.(*qcow2.Image)
-	return im, nil
+	return &Image{Device: top.dev, name: name, file: top.file, probed: top.probedRaw, layers: c.layers, devices: c.devices}, nil
 }
 
 // Name is the name that Open was given.
@@ -143,4 +155,17 @@ func (im *Image) Chain() []Layer { return append([]Layer(nil), im.layers...) }
 func (im *Image) File() storage.File { return im.file }
 
 // Qcow2 is the top layer if it is a qcow2 image, else nil.
-func (im *Image) Qcow2() *qcow2.Image { return im.qcow2 }
+func (im *Image) Qcow2() *qcow2.Image {
+	q, _ := im.devices[0].(*qcow2.Image)
+	return q
+}
+
+// FVD is the top layer if it is an FVD image, else nil.
+func (im *Image) FVD() *fvd.Image {
+	v, _ := im.devices[0].(*fvd.Image)
+	return v
+}
+
+// LayerDevice is the disk that a layer of Chain and everything below it make; 0 is the image itself. It belongs
+// to the image.
+func (im *Image) LayerDevice(layer int) block.Device { return im.devices[layer] }

@@ -127,9 +127,16 @@ func cutProtocol(name string) (prefix, rest string) {
 // pathSeparators are the characters that end a path component here.
 const pathSeparators = string(filepath.Separator)
 
-// parseReference parses a reference that the image at from holds. Relative paths of backing files are relative
-// to the directory of that image; those of data files to the working directory, as in QEMU.
-func parseReference(kind gate.Kind, from *location, ref string) (*node, gate.Reference, error) {
+// relativity is what a relative path in an image is relative to.
+type relativity bool
+
+const (
+	besideImage          relativity = true // the directory of the image
+	fromWorkingDirectory relativity = false
+)
+
+// parseReference parses a reference that the image at from holds.
+func parseReference(kind gate.Kind, from *location, ref string, relative relativity) (*node, gate.Reference, error) {
 	r := gate.Reference{Kind: kind, Image: from.String(), Protocol: "json", Name: ref}
 	if kind == gate.Backing && strings.HasPrefix(ref, jsonPrefix) {
 		n, err := parseJSONName(ref)
@@ -140,7 +147,7 @@ func parseReference(kind gate.Kind, from *location, ref string) (*node, gate.Ref
 	if err != nil {
 		return nil, r, err
 	}
-	if kind == gate.Backing && prefix == "" && !filepath.IsAbs(at.path) {
+	if relative == besideImage && prefix == "" && !filepath.IsAbs(at.path) {
 		if !from.local() {
 			return nil, r, fmt.Errorf("the relative name %q cannot be resolved, because the image that refers to it is not a file", ref)
 		}
@@ -195,10 +202,15 @@ func decodeNode(t *tree) (*node, error) {
 	if n.at, err = decodeFile(file); err != nil {
 		return nil, err
 	}
-	if driver == "raw" {
+	switch driver {
+	case formatRaw:
 		err = errors.Join(t.takeSize("offset", &n.offset), t.takeSize("size", &n.size))
-	} else {
-		err = n.decodeQcow2(t)
+	case formatFVD:
+		err = n.decodeReferences(t)
+	default: // also an image whose format is to be found out
+		if err = n.decodeQcow2(t); err == nil {
+			err = n.decodeReferences(t)
+		}
 	}
 	if err != nil {
 		return nil, err
@@ -251,7 +263,7 @@ func (n *node) decodeGeneric(t *tree) error {
 	return err
 }
 
-// decodeQcow2 takes the options of qcow2, which are also those of an image whose format is to be found out.
+// decodeQcow2 takes the options that only qcow2 has.
 func (n *node) decodeQcow2(t *tree) (err error) {
 	lazy, passRequests := false, false
 	var total int64
@@ -279,6 +291,11 @@ func (n *node) decodeQcow2(t *tree) (err error) {
 		}
 		n.discard = &passRequests
 	}
+	return nil
+}
+
+// decodeReferences takes the options of formats with metadata and files of their own.
+func (n *node) decodeReferences(t *tree) (err error) {
 	if n.discipline, err = t.takeString("discipline"); err != nil {
 		return err
 	}

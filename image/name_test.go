@@ -155,7 +155,11 @@ func TestParseReference(t *testing.T) {
 		{gate.DataFile, disk, "nbd://h/d", "nbd", "nbd://h/d", ""},
 		{gate.DataFile, disk, `json:{}`, "", "", "Unknown protocol 'json'"},
 	} {
-		_, r, err := parseReference(test.kind, test.from, test.ref)
+		relative := besideImage
+		if test.kind == gate.DataFile { // as qcow2 has it
+			relative = fromWorkingDirectory
+		}
+		_, r, err := parseReference(test.kind, test.from, test.ref, relative)
 		if test.err != "" {
 			if err == nil || !strings.Contains(err.Error(), test.err) {
 				t.Errorf("%q: error %v, want %q", test.ref, err, test.err)
@@ -229,7 +233,7 @@ func FuzzParseName(f *testing.F) {
 		if err == nil {
 			checkNode(t, n)
 		}
-		n, _, err = parseReference(gate.Backing, &location{path: "d/x"}, name)
+		n, _, err = parseReference(gate.Backing, &location{path: "d/x"}, name, besideImage)
 		if err == nil {
 			checkNode(t, n)
 		}
