@@ -15,7 +15,7 @@ import (
 //
 //	Could not open 'top.qcow2': Could not open backing file of 'top.qcow2': Could not open 'base.raw': No such file or directory
 type NameError struct {
-	Verb string // "open" or "create"
+	Verb string // "open", "create" or "check"
 	Name string
 	Err  error
 }

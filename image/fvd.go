@@ -122,6 +122,51 @@ func (c *chain) openDataDisk(n *node, at *location, format string, layer int) (b
 	return result.dev, nil
 }
 
+// CheckFVD is fvd.Check of the image called name, which is opened for writing if something is to be repaired; its
+// data file is opened through the gate, its base image is not needed. Of the options those about names, locks
+// and the gate count. Errors are of type *NameError.
+func CheckFVD(ctx context.Context, name string, o Options, repair fvd.Repair) (*fvd.CheckResult, error) {
+	result, err := checkFVD(ctx, name, o, repair)
+	if err != nil {
+		return nil, &NameError{Verb: "check", Name: name, Err: err}
+	}
+	return result, nil
+}
+
+func checkFVD(ctx context.Context, name string, o Options, repair fvd.Repair) (result *fvd.CheckResult, err error) {
+	n, err := parseName(name, o.NameIsOptions)
+	if err != nil {
+		return nil, err
+	}
+	o.ReadOnly = repair == fvd.RepairNone
+	n.readOnly, n.share = n.readOnly || o.ReadOnly, n.share || o.Share
+	if o.Gate == nil {
+		o.Gate = gate.SameDirectory{}
+	}
+	c := &chain{ctx: ctx, o: o, layers: make([]Layer, 1)}
+	f, err := c.openLocation(n.at, n.readOnly, n.share, n.direct)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	h, err := fvd.ReadHeader(f)
+	if err != nil {
+		return nil, err
+	}
+	opened := fvd.Options{}
+	if err := c.openFVDData(n, h, 0, &opened); err != nil {
+		return nil, err
+	}
+	result, err = fvd.Check(f, fvd.CheckOptions{Data: opened.Data, DataDevice: opened.DataDevice, Repair: repair})
+	if opened.Data != nil {
+		err = errors.Join(err, opened.Data.Close())
+	}
+	if opened.DataDevice != nil {
+		err = errors.Join(err, opened.DataDevice.Close())
+	}
+	return result, err
+}
+
 // isDevice tells whether the bytes at l are those of a block device, which others may have used before.
 func isDevice(l *location) bool {
 	if !l.local() {

@@ -115,6 +115,9 @@ func amend(f storage.File, h *Header, settings []Setting) error {
 			}
 		}
 	}
+	if h.MaxOutstandingCopies == 0 && old.MaxOutstandingCopies != 0 {
+		return &FieldError{"max_outstanding_copy_on_read_data", 3224, "0", "above 0; copy_on_read=off stops copying"}
+	}
 	if !old.CleanShutdown && (old.JournalSize > 0 || len(settings) != 1 || settings[0].Name != "clean_shutdown") {
 		return ErrNotClean
 	}

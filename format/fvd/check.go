@@ -60,7 +60,7 @@ type CheckResult struct {
 	Leaks            int64     `json:"leaks"`             // chunks leaked and not given back
 	CorruptionsFixed int64     `json:"corruptions-fixed"` // found and fixed
 	LeaksFixed       int64     `json:"leaks-fixed"`
-	Findings         []Finding `json:"findings"` // the first maxFindings
+	Findings         []Finding `json:"findings,omitempty"` // the first maxFindings
 
 	TotalChunks     int64 `json:"total-chunks"`     // entries of the table
 	AllocatedChunks int64 `json:"allocated-chunks"` // of those, mapped ones

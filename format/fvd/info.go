@@ -8,31 +8,62 @@ import (
 
 // Info describes an image to people and programs.
 type Info struct {
-	VirtualSize int64  `json:"virtual-size"`
-	Compact     bool   `json:"compact-image"`
-	ChunkSize   int64  `json:"chunk-size,omitempty"`
-	GrowUnit    int64  `json:"storage-grow-unit,omitempty"`
-	BlockSize   int64  `json:"block-size,omitempty"`
-	BaseImage   string `json:"backing-file,omitempty"`
-	BaseFormat  string `json:"backing-fmt,omitempty"`
-	BaseSize    int64  `json:"base-image-size,omitempty"`
-	DataFile    string `json:"data-file,omitempty"`
-	DataFormat  string `json:"data-file-fmt,omitempty"`
+	// What every format has is told beside the rest.
+	VirtualSize int64  `json:"-"`
+	BaseImage   string `json:"-"`
+	BaseFormat  string `json:"-"`
 
-	JournalSize     int64 `json:"journal-size"`
-	JournalBuffer   int64 `json:"journal-buffer-size"`
-	JournalTrailer  bool  `json:"journal-checksums"`
-	CleanShutdown   bool  `json:"clean-shutdown"`
-	NeedZeroInit    bool  `json:"need-zero-init"`
-	CopyOnRead      bool  `json:"copy-on-read"`
-	PrefetchDelay   int64 `json:"prefetch-start-delay"` // seconds; 0 and below: no prefetching
-	FullyPrefetched bool  `json:"base-image-fully-prefetched"`
+	Compact       bool   `json:"compact-image"`
+	ChunkSize     int64  `json:"chunk-size,omitempty"`
+	GrowUnit      int64  `json:"storage-grow-unit,omitempty"`
+	AddStorageCmd string `json:"add-storage-cmd,omitempty"` // never executed
+	BlockSize     int64  `json:"block-size,omitempty"`
+	BaseSize      int64  `json:"base-image-size,omitempty"`
+	DataFile      string `json:"data-file,omitempty"`
+	DataFormat    string `json:"data-file-fmt,omitempty"`
+
+	JournalSize    int64 `json:"journal-size"`
+	JournalBuffer  int64 `json:"journal-buffer-size"`
+	JournalPeriod  int64 `json:"journal-buffer-period,omitempty"` // ms
+	JournalTrailer bool  `json:"journal-checksums"`
+	CleanShutdown  bool  `json:"clean-shutdown"`
+	NeedZeroInit   bool  `json:"need-zero-init"`
+
+	FullyPrefetched bool          `json:"base-image-fully-prefetched"`
+	Prefetch        *PrefetchInfo `json:"prefetching,omitempty"` // only while there is a base image
 
 	// Counts as the tables on disk have them; an image that was not closed cleanly may have more in its journal.
 	Chunks          int64 `json:"chunks,omitempty"`
 	ChunksAllocated int64 `json:"chunks-allocated,omitempty"`
 	Blocks          int64 `json:"blocks,omitempty"`
 	BlocksInBase    int64 `json:"blocks-in-base,omitempty"`
+}
+
+// PrefetchInfo is what an image says of copy-on-read and prefetching. Sizes are bytes, rates KB/s, times ms.
+type PrefetchInfo struct {
+	CopyOnRead           bool   `json:"copy-on-read"`
+	MaxOutstandingCopies uint64 `json:"max-outstanding-copy-on-read-data"`
+	StartDelay           int64  `json:"start-delay"` // seconds; 0 and below: no prefetching
+	Slots                uint32 `json:"slots"`
+	BytesPerPrefetch     uint64 `json:"bytes-per-prefetch"`
+	MinRead              uint64 `json:"min-read-throughput"`
+	MaxRead              uint64 `json:"max-read-throughput"`
+	MinWrite             uint64 `json:"min-write-throughput"`
+	MaxWrite             uint64 `json:"max-write-throughput"`
+	Alpha                uint32 `json:"perf-calc-alpha"` // percent
+	ReadMeasure          uint64 `json:"read-throughput-measure-time"`
+	WriteMeasure         uint64 `json:"write-throughput-measure-time"`
+	Throttle             uint64 `json:"throttle-time"`
+}
+
+func (h *Header) prefetchInfo() *PrefetchInfo {
+	return &PrefetchInfo{
+		CopyOnRead: h.CopyOnRead, MaxOutstandingCopies: h.MaxOutstandingCopies, StartDelay: h.PrefetchStartDelay,
+		Slots: h.PrefetchSlots, BytesPerPrefetch: h.BytesPerPrefetch,
+		MinRead: h.PrefetchMinRead, MaxRead: h.PrefetchMaxRead, MinWrite: h.PrefetchMinWrite, MaxWrite: h.PrefetchMaxWrite,
+		Alpha: h.PrefetchAlpha, ReadMeasure: h.PrefetchReadMeasure, WriteMeasure: h.PrefetchWriteMeasure,
+		Throttle: h.PrefetchThrottle,
+	}
 }
 
 // ReadInfo describes the image in f without opening anything it refers to.
@@ -46,8 +77,8 @@ func ReadInfo(f storage.File) (*Info, error) {
 		VirtualSize: g.size, Compact: g.compact(), ChunkSize: g.chunkSize, BlockSize: g.blockSize,
 		BaseImage: h.BaseImage, BaseFormat: h.BaseFormat, BaseSize: int64(h.BaseSize), DataFile: h.DataFile, DataFormat: h.DataFormat,
 		JournalSize: g.journalLen, JournalBuffer: int64(min(h.JournalBuffer, maxVirtualSize)), JournalTrailer: g.trailer,
-		CleanShutdown: h.CleanShutdown, NeedZeroInit: h.NeedZeroInit, CopyOnRead: h.CopyOnRead,
-		PrefetchDelay: h.PrefetchStartDelay, FullyPrefetched: h.FullyPrefetched,
+		JournalPeriod: int64(min(h.JournalBufferPeriod, maxVirtualSize)), AddStorageCmd: h.AddStorageCmd,
+		CleanShutdown: h.CleanShutdown, NeedZeroInit: h.NeedZeroInit, FullyPrefetched: h.FullyPrefetched,
 		Chunks: int64(g.chunks()), Blocks: int64(g.blocks()),
 	}
 	m := &metadata{g: g, name: f.Name(), file: f, header: h}
@@ -63,6 +94,7 @@ func ReadInfo(f storage.File) (*Info, error) {
 			return nil, err
 		}
 		if !h.FullyPrefetched {
+			info.Prefetch = h.prefetchInfo()
 			info.BlocksInBase = int64(m.fresh.n - m.fresh.count())
 		}
 	}

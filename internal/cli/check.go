@@ -72,10 +72,17 @@ nothing to check.`,
 				return err
 			}
 			c := checking{cmd: cmd, name: args[0], repair: mode, discard: discard, quiet: quiet, json: output.json()}
-			if format != "qcow2" {
+			switch format {
+			case "qcow2":
+				return errors.Join(c.run(img.File()), img.Close())
+			case "fvd": // opened anew, with the data file that it may have
+				if err := img.Close(); err != nil {
+					return err
+				}
+				return c.runFVD(&open)
+			default:
 				return errors.Join(&exitError{checkUnsupported, fmt.Errorf("This image format does not support checks")}, img.Close())
 			}
-			return errors.Join(c.run(img.File()), img.Close())
 		},
 	}
 	open.register(cmd, "`FORMAT` of the image; guessed when not given")
@@ -165,7 +172,6 @@ func printCheck(out io.Writer, r *qcow2.CheckResult) {
 		fmt.Fprintf(out, "\n%d clusters are used by two owners that must not share one.\n", r.Collisions)
 	}
 	if r.TotalClusters > 0 && r.AllocatedClusters > 0 {
-		percent := func(part, whole int64) float64 { return float64(part) * 100 / float64(whole) }
 		fmt.Fprintf(out, "%d/%d = %.2f%% allocated, %.2f%% fragmented, %.2f%% compressed clusters\n",
 			r.AllocatedClusters, r.TotalClusters, percent(r.AllocatedClusters, r.TotalClusters),
 			percent(r.Fragmented, r.AllocatedClusters), percent(r.Compressed, r.AllocatedClusters))

@@ -221,7 +221,7 @@ func (f *convertFlags) createValues() (*createValues, error) {
 	switch {
 	case values.get("backing_file") != "" && values.get("backing_fmt") == "":
 		return nil, fmt.Errorf("Use of backing file requires explicit backing format")
-	case f.compress && values.format == "raw":
+	case f.compress && values.format != "qcow2":
 		return nil, fmt.Errorf("Compression not supported for this file format")
 	}
 	return values, nil

@@ -32,6 +32,7 @@ unless you say otherwise.`,
 		Example: `  platter create -f qcow2 disk.qcow2 10G
   platter create -f qcow2 -o cluster_size=128k,extended_l2=on disk.qcow2 1T
   platter create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2
+  platter create -f fvd -o compact_image=on,copy_on_read=on -b base.qcow2 -F qcow2 clone.fvd
   platter create -f qcow2 -o help`,
 		Args: cobra.ArbitraryArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -78,7 +79,7 @@ unless you say otherwise.`,
 	}
 	open.registerReferences(cmd)
 	fs := cmd.Flags()
-	fs.StringVarP(&format, "format", "f", "raw", "`FORMAT` of the new image: qcow2 or raw")
+	fs.StringVarP(&format, "format", "f", "raw", "`FORMAT` of the new image: fvd, qcow2 or raw")
 	completeWith(cmd, "format", image.Formats()...)
 	fs.StringArrayVarP(&options, "options", "o", nil, "`OPTIONS` of the format, name=value between commas;\n\"-o help\" lists them")
 	fs.StringVarP(&backing, "backing", "b", "", "backing `FILE`")

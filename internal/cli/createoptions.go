@@ -6,8 +6,10 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/platter-disk/platter/block"
+	"github.com/platter-disk/platter/format/fvd"
 	"github.com/platter-disk/platter/format/qcow2"
 	"github.com/platter-disk/platter/image"
 	"github.com/platter-disk/platter/image/gate"
@@ -21,9 +23,10 @@ const (
 	optionSize
 	optionSwitch
 	optionNumber
+	optionSignedSize // a size; below 0 it switches off what it is the size of
 )
 
-var optionKindNames = [...]string{"<str>", "<size>", "<bool (on/off)>", "<num>"}
+var optionKindNames = [...]string{"<str>", "<size>", "<bool (on/off)>", "<num>", "<size>"}
 
 // optionSpec describes a creation option.
 type optionSpec struct {
@@ -51,6 +54,28 @@ func createSpecs(format string) (specs []optionSpec, ok bool) {
 			{"data_file_raw", optionSwitch, "", "The external data file must stay valid as a raw image"},
 			{"lazy_refcounts", optionSwitch, "off", "Postpone refcount updates"},
 			{"refcount_bits", optionNumber, "16", "Width of a reference count entry in bits"},
+			{"nocow", optionSwitch, "", "Turn off copy-on-write (valid only on btrfs)"},
+		}, true
+	case "fvd":
+		return []optionSpec{
+			{"compact_image", optionSwitch, "off", "Take space as the disk is written, by way of a lookup table"},
+			{"block_size", optionSize, "65536", "Bytes that a bit of the bitmap stands for (base image)"},
+			{"chunk_size", optionSize, "1048576", "Unit of allocation of a compact image"},
+			{"storage_grow_unit", optionSize, "104857600", "By how much a compact image grows at a time"},
+			{"preallocation", optionString, "", "Preallocation mode (allowed values: off, metadata, falloc, full)"},
+			{"size", optionSize, "", "Virtual disk size"},
+			{"backing_file", optionString, "", "File name of a base image"},
+			{"backing_fmt", optionString, "", "Image format of the base image (default: found out now and recorded)"},
+			{"data_file", optionString, "", "File name of a data file, beside the image unless absolute"},
+			{"data_file_fmt", optionString, "", "Image format of the data file (allowed values: raw, qcow2)"},
+			{"copy_on_read", optionSwitch, "", "Keep what is read from the base image"},
+			{"prefetch_start_delay", optionNumber, "", "Seconds after which the rest of the base image is fetched; 0 and below: never"},
+			{"detect_sparse_hole", optionSize, "", "Look for zeros in the base image, in units of that many bytes"},
+			{"journal_size", optionSignedSize, "", "Bytes of the journal; 0: 16 MiB or what the table needs; -1: none"},
+			{"journal_buf_size", optionSize, "", "Bytes of journal records kept until the guest flushes; 0: none are (default 64k)"},
+			{"journal_clean_buf_period", optionNumber, "", "Milliseconds after which they are written all the same (default 5000)"},
+			{"journal_checksums", optionSwitch, "", "Checksums in the journal, and records that unmap chunks (default on)"},
+			{"add_storage_cmd", optionString, "", "Recorded and never executed"},
 			{"nocow", optionSwitch, "", "Turn off copy-on-write (valid only on btrfs)"},
 		}, true
 	case "raw":
@@ -104,6 +129,16 @@ func (c *createValues) set(p parameter) error {
 		n, err := sizeParameter(p.name, value)
 		if err != nil {
 			return err
+		}
+		value = fmt.Sprint(n)
+	case optionSignedSize:
+		digits, negative := strings.CutPrefix(value, "-")
+		n, err := sizeParameter(p.name, digits)
+		if err != nil {
+			return err
+		}
+		if negative {
+			n = -n
 		}
 		value = fmt.Sprint(n)
 	case optionSwitch:
@@ -191,6 +226,11 @@ func (c *createValues) options(g gate.Gate) (image.CreateOptions, error) {
 	if _, given := c.values["size"]; given {
 		o.Size = c.number("size")
 	}
+	if c.format == "fvd" {
+		if err := c.fvdOptions(&o.FVD); err != nil {
+			return o, err
+		}
+	}
 	if compat, given := c.values["compat"]; given {
 		switch compat {
 		case "v2", "0.10":
@@ -219,6 +259,40 @@ func (c *createValues) options(g gate.Gate) (image.CreateOptions, error) {
 		return o, fmt.Errorf("Backing format cannot be used without backing file")
 	}
 	return o, nil
+}
+
+// fvdOptions are the values that only FVD has. Package fvd takes a zero for "not given".
+func (c *createValues) fvdOptions(o *fvd.CreateOptions) error {
+	*o = fvd.CreateOptions{
+		Compact:            c.on("compact_image"),
+		BlockSize:          c.number("block_size"),
+		ChunkSize:          c.number("chunk_size"),
+		GrowUnit:           c.number("storage_grow_unit"),
+		DataFormat:         c.get("data_file_fmt"),
+		CopyOnRead:         c.on("copy_on_read"),
+		PrefetchStartDelay: c.number("prefetch_start_delay"),
+		DetectSparseHole:   c.number("detect_sparse_hole"),
+		JournalSize:        c.number("journal_size"),
+		JournalBuffer:      c.number("journal_buf_size"),
+		JournalBufferDelay: time.Duration(c.number("journal_clean_buf_period")) * time.Millisecond,
+		PlainJournal:       c.get("journal_checksums") == "off",
+		AddStorageCmd:      c.get("add_storage_cmd"),
+	}
+	if _, given := c.values["journal_buf_size"]; given && o.JournalBuffer == 0 {
+		o.JournalBuffer = -1 // every record is written at once
+	}
+	for _, name := range []string{"block_size", "chunk_size", "storage_grow_unit"} {
+		if _, given := c.values[name]; given && c.number(name) == 0 {
+			return fmt.Errorf("Parameter '%s' expects a size above 0", name)
+		}
+	}
+	switch {
+	case o.JournalBufferDelay < 0 || c.number("journal_clean_buf_period") > int64(time.Hour/time.Millisecond):
+		return fmt.Errorf("Parameter 'journal_clean_buf_period' expects a number of milliseconds from 0 to an hour")
+	case o.DataFormat != "" && c.get("data_file") == "":
+		return fmt.Errorf("data_file_fmt cannot be used without data_file")
+	}
+	return nil
 }
 
 // String lists the options as the "Formatting" line does, defaults included.

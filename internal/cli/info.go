@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/platter-disk/platter/format/fvd"
 	"github.com/platter-disk/platter/format/qcow2"
 	"github.com/platter-disk/platter/image"
 	"github.com/platter-disk/platter/nbd"
@@ -145,12 +146,16 @@ func readInfo(ctx context.Context, open *openFlags, name string) (*imageInfo, er
 	defer img.Close()
 	path := img.Chain()[0].Name
 	info := &imageInfo{Filename: path, Format: format, VirtualSize: img.Size(), ActualSize: diskUsage(path)}
-	if format == "qcow2" {
-		if err := info.addQcow2(img.File(), path); err != nil {
-			return nil, fmt.Errorf("Could not open '%s': %w", name, err)
-		}
-	} else if !nbd.IsURI(path) {
+	switch {
+	case format == "qcow2":
+		err = info.addQcow2(img.File(), path)
+	case format == "fvd":
+		err = info.addFVD(img.File(), path)
+	case !nbd.IsURI(path):
 		info.Dirty = new(bool)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("Could not open '%s': %w", name, err)
 	}
 	return info, nil
 }
@@ -168,6 +173,23 @@ func (i *imageInfo) addQcow2(f storage.File, path string) error {
 	}
 	i.FormatSpecific = &formatSpecific{Type: "qcow2", Data: q.Specific}
 	i.Snapshots = snapshotInfos(q.Snapshots)
+	return nil
+}
+
+// addFVD adds what an FVD image tells of itself. A disk that has moved over whole has no base image any more, even
+// if it still remembers its name.
+func (i *imageInfo) addFVD(f storage.File, path string) error {
+	v, err := fvd.ReadInfo(f)
+	if err != nil {
+		return err
+	}
+	dirty := !v.CleanShutdown
+	i.VirtualSize, i.ClusterSize, i.Dirty = v.VirtualSize, v.ChunkSize, &dirty
+	if v.BaseImage != "" && !v.FullyPrefetched {
+		i.BackingName, i.BackingFormat = v.BaseImage, v.BaseFormat
+		i.FullBackingName = fullBackingName(path, v.BaseImage)
+	}
+	i.FormatSpecific = &formatSpecific{Type: "fvd", Data: v}
 	return nil
 }
 

@@ -21,6 +21,7 @@ type openFlags struct {
 	imageOpts  bool
 	forceShare bool
 	references string
+	allowDirty bool
 	objects    []string
 }
 
@@ -30,6 +31,7 @@ func (f *openFlags) register(cmd *cobra.Command, formatUsage string) {
 	fs.StringVarP(&f.format, "format", "f", "", formatUsage)
 	completeWith(cmd, "format", image.Formats()...)
 	fs.BoolVar(&f.imageOpts, "image-opts", false, "image names are option strings:\ndriver=qcow2,file.filename=disk.qcow2")
+	fs.BoolVar(&f.allowDirty, "allow-dirty", false, "open an fvd image that has no journal and was not closed cleanly:\nit may have lost writes")
 	f.registerReferences(cmd)
 }
 
@@ -82,7 +84,7 @@ func (f *openFlags) open(ctx context.Context, name string, o image.Options) (*im
 	if err != nil {
 		return nil, err
 	}
-	o.Gate = g
+	o.Gate, o.AllowDirty = g, f.allowDirty
 	o.Format = f.format
 	if f.forceShare && !o.ReadOnly {
 		return nil, fmt.Errorf("Could not open '%s': force-share=on can only be used with read-only images", name)

@@ -52,7 +52,7 @@ func New() *cobra.Command {
 	root := &cobra.Command{
 		Use:   "platter",
 		Short: "Create, inspect, copy and serve virtual disks",
-		Long: `Platter keeps virtual disks in image files (qcow2, raw), and serves them to virtual
+		Long: `Platter keeps virtual disks in image files (qcow2, FVD, raw), and serves them to virtual
 machines and other NBD clients. It never loses what a guest was told is safe.
 
 Its commands take the flags of qemu-img where qemu-img has the same command, so
@@ -94,6 +94,7 @@ scripts move over unchanged.`,
 		newConvertCommand(),
 		newCompareCommand(),
 		newResizeCommand(),
+		newAmendCommand(),
 		newSnapshotCommand(),
 	)
 	add(groupUse,

@@ -61,6 +61,9 @@ func (t *target) create(ctx context.Context, size int64) error {
 	p.create.values["size"] = fmt.Sprint(size)
 	names := []string{p.destination}
 	if data := p.create.get("data_file"); data != "" {
+		if p.create.format == "fvd" { // which looks for it beside the image
+			data = fullBackingName(p.destination, data)
+		}
 		names = append(names, data)
 	}
 	for _, name := range names {

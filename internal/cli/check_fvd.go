@@ -1,0 +1,92 @@
+package cli
+
+import (
+	"fmt"
+	"io"
+
+	"github.com/platter-disk/platter/format/fvd"
+	"github.com/platter-disk/platter/format/qcow2"
+	"github.com/platter-disk/platter/image"
+)
+
+// fvdReport is the JSON form of check of an FVD image; the names that qemu-img has too mean the same.
+type fvdReport struct {
+	Filename    string `json:"filename"`
+	Format      string `json:"format"`
+	CheckErrors int64  `json:"check-errors"`
+	*fvd.CheckResult
+}
+
+// runFVD checks an image in format FVD.
+func (c *checking) runFVD(open *openFlags) error {
+	if c.discard {
+		return fmt.Errorf("--discard-journal is for qcow2 images")
+	}
+	g, err := open.gate()
+	if err != nil {
+		return err
+	}
+	repair := map[qcow2.Repair]fvd.Repair{qcow2.RepairLeaks: fvd.RepairLeaks, qcow2.RepairAll: fvd.RepairAll}[c.repair]
+	o := image.Options{Gate: g, Share: open.forceShare, NameIsOptions: open.imageOpts}
+	result, err := image.CheckFVD(c.cmd.Context(), c.name, o, repair)
+	if err != nil {
+		return err
+	}
+	out := c.cmd.OutOrStdout()
+	switch {
+	case c.json:
+		if err := printJSON(out, fvdReport{Filename: c.name, Format: "fvd", CheckResult: result}); err != nil {
+			return err
+		}
+	default:
+		for _, f := range result.Findings {
+			fmt.Fprintln(c.cmd.ErrOrStderr(), findingLine(f))
+		}
+		if !c.quiet {
+			printFVDCheck(out, result)
+		}
+	}
+	switch {
+	case result.Corruptions > 0:
+		return &exitError{status: checkCorrupt}
+	case result.Leaks > 0:
+		return &exitError{status: checkLeaks}
+	}
+	return nil
+}
+
+func findingLine(f fvd.Finding) string {
+	state := ""
+	if f.Fixed {
+		state = " (repaired)"
+	}
+	return fmt.Sprintf("%s: %s%s", f.Kind, f.Text, state)
+}
+
+// printFVDCheck prints the summary for people.
+func printFVDCheck(out io.Writer, r *fvd.CheckResult) {
+	if r.CorruptionsFixed+r.LeaksFixed > 0 {
+		fmt.Fprintf(out, "The following inconsistencies were found and repaired:\n\n    %d leaked chunks\n    %d corruptions\n\n",
+			r.LeaksFixed, r.CorruptionsFixed)
+	}
+	if r.Corruptions == 0 && r.Leaks == 0 {
+		fmt.Fprintln(out, "No errors were found on the image.")
+	}
+	if r.Corruptions > 0 {
+		fmt.Fprintf(out, "\n%d errors were found on the image.\n"+
+			"Data may be corrupted, or further writes to the image may corrupt it.\n", r.Corruptions)
+	}
+	if r.Leaks > 0 {
+		fmt.Fprintf(out, "\n%d leaked chunks were found on the image.\n"+
+			"They are used again when the image is next written.\n", r.Leaks)
+	}
+	if r.TotalChunks > 0 {
+		fmt.Fprintf(out, "%d/%d = %.2f%% of the chunks allocated\n", r.AllocatedChunks, r.TotalChunks, percent(r.AllocatedChunks, r.TotalChunks))
+	}
+	if r.TotalBlocks > 0 {
+		fmt.Fprintf(out, "%d/%d = %.2f%% of the blocks have left the base image\n", r.LocalBlocks, r.TotalBlocks, percent(r.LocalBlocks, r.TotalBlocks))
+	}
+	fmt.Fprintf(out, "Image end offset: %d\n", r.ImageEnd)
+}
+
+func percent(part, whole int64) float64 { return float64(part) * 100 / float64(whole) }
