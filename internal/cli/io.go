@@ -23,6 +23,7 @@ func newIOCommand() *cobra.Command {
 		cache      string
 		discard    string
 		discipline string
+		grow       growFlag
 	)
 	cmd := &cobra.Command{
 		Use:   "io [flags] IMAGE",
@@ -57,8 +58,8 @@ after it are carried out nevertheless.`,
 			if discard != "unmap" && discard != "ignore" {
 				return usagef(cmd, "--discard must be used with unmap or ignore as argument")
 			}
-			img, err := open.open(cmd.Context(), args[0], mode.apply(image.Options{
-				ReadOnly: readOnly, Discard: discard == "unmap", Discipline: discipline}))
+			o := image.Options{ReadOnly: readOnly, Discard: discard == "unmap", Discipline: discipline}
+			img, err := open.open(cmd.Context(), args[0], mode.apply(grow.apply(cmd.Context(), o, args[0])))
 			if err != nil {
 				return err
 			}
@@ -97,6 +98,7 @@ after it are carried out nevertheless.`,
 	fs.StringVarP(&discard, "discard", "d", "unmap", "what to do with space that is discarded: `MODE` is unmap or ignore")
 	completeWith(cmd, "discard", "unmap", "ignore")
 	registerDiscipline(cmd, &discipline)
+	grow.register(fs)
 	return cmd
 }
 

@@ -1,0 +1,37 @@
+package cli
+
+import (
+	"context"
+	"fmt"
+	"os/exec"
+	"strconv"
+	"strings"
+
+	"github.com/spf13/pflag"
+
+	"github.com/platter-disk/platter/image"
+)
+
+// growFlag is --grow-storage of commands that write: how a volume that is full becomes larger. The command that
+// an FVD image may name for this (add_storage_cmd) is never executed: who opens a disk has not agreed to run what
+// its author wrote.
+type growFlag struct{ program string }
+
+func (f *growFlag) register(fs *pflag.FlagSet) {
+	fs.StringVar(&f.program, "grow-storage", "", "run `PROGRAM` BYTES IMAGE when the volume that holds an fvd image is full:\nit makes it larger by at least that many bytes")
+}
+
+// apply sets what of the flag concerns opening the image called name.
+func (f *growFlag) apply(ctx context.Context, o image.Options, name string) image.Options {
+	if f.program == "" {
+		return o
+	}
+	o.GrowStorage = func(need int64) error {
+		out, err := exec.CommandContext(ctx, f.program, strconv.FormatInt(need, 10), name).CombinedOutput()
+		if err != nil {
+			return fmt.Errorf("growing the storage of '%s' by %d bytes: %s: %w: %s", name, need, f.program, err, strings.TrimSpace(string(out)))
+		}
+		return nil
+	}
+	return o
+}
