@@ -80,6 +80,10 @@ const (
 	firstBatch    = 16       // clusters
 	maxBatchBytes = 64 << 20 // of a batch, once the image has shown that it grows
 	maxBatch      = 1024     // clusters
+
+	// maxStrayCounts bounds the search through clusters past the end of the file that have counts all the same,
+	// in clusters. A sound image has none; one block that a hostile table names a million times has billions.
+	maxStrayCounts = 1 << 20
 )
 
 func newAllocator(im *Image, refs *refcounts, fileSize int64) *allocator {
@@ -297,7 +301,7 @@ func (a *allocator) fileClusters() hostCluster { return hostCluster(a.geo.cluste
 // the end of the file; a cluster there is free unless it has a count all the same.
 func (a *allocator) findFree(n int64) (hostCluster, int64, error) {
 	c := a.hint
-	for {
+	for past := max(c, a.fileClusters()); ; c++ {
 		free, err := a.free(c)
 		if err != nil {
 			return 0, 0, err
@@ -305,7 +309,10 @@ func (a *allocator) findFree(n int64) (hostCluster, int64, error) {
 		if free {
 			break
 		}
-		c++
+		if c-past > maxStrayCounts {
+			return 0, 0, a.im.corrupt("reference counts", fmt.Sprintf("%d clusters from %d on in use, where the file has ended", c-past, past),
+				"few or none past the end of the file; checking the image with repair takes them away")
+		}
 	}
 	a.hint = c
 	k := int64(1)

@@ -491,3 +491,62 @@ func TestReleasedTwice(t *testing.T) {
 		})
 	}
 }
+
+// Blocks full of counts say that a great deal past the end of the file is in use. Looking for a free cluster gives
+// up soon.
+func TestCountsPastTheEnd(t *testing.T) {
+	const cluster, blocks = 512, 1000 // a block of 1 bit counts describes 4096 clusters
+	f := storage.NewMemory("stray")
+	if err := Create(f, CreateOptions{Size: 1 << 20, ClusterSize: cluster, RefcountBits: 1}); err != nil {
+		t.Fatal(err)
+	}
+	h, err := ReadHeader(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	end, err := f.Size()
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := (end + cluster - 1) / cluster * cluster
+	full := bytes.Repeat([]byte{0xff}, cluster)
+	table := read(t, f, int64(h.RefcountTableOffset), 8)
+	writeAll(t, f, full, int64(binary.BigEndian.Uint64(table)))
+	for i := range int64(blocks) {
+		table = binary.BigEndian.AppendUint64(table, uint64(at+i*cluster))
+		writeAll(t, f, full, at+i*cluster)
+	}
+	table = append(table, make([]byte, -len(table)&(cluster-1))...)
+	tableAt := at + blocks*cluster
+	writeAll(t, f, table, tableAt)
+	writeAll(t, f, binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint64(nil, uint64(tableAt)), uint32(len(table)/cluster)), 48)
+
+	im, err := Open(keepOpen{f}, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer im.Close()
+	var bad *FormatError
+	if _, err := im.WriteAt([]byte("x"), 0); !errors.As(err, &bad) || bad.Field != "reference counts" {
+		t.Errorf("writing to an image whose counts go on past the end of its file: %v", err)
+	}
+	if most := maxStrayCounts/(8*cluster) + 8; len(im.alloc.refs.order) > most {
+		t.Errorf("%d refcount blocks were read, want at most %d of %d", len(im.alloc.refs.order), most, blocks)
+	}
+}
+
+func read(t *testing.T, f storage.File, off, n int64) []byte {
+	t.Helper()
+	p := make([]byte, n)
+	if err := storage.ReadFull(f, p, off); err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+func writeAll(t *testing.T, f storage.File, p []byte, off int64) {
+	t.Helper()
+	if _, err := f.WriteAt(p, off); err != nil {
+		t.Fatal(err)
+	}
+}
