@@ -104,10 +104,12 @@ func newAllocator(im *Image, refs *refcounts, fileSize int64) *allocator {
 // take removes up to n contiguous clusters from the reserve, at least one. With zero it prefers clusters
 // that read as zeros, without it those that do not.
 func (a *allocator) take(n int64, zero bool) (freeRun, error) {
-	if len(a.reserve) == 0 {
-		if err := a.refill(max(n, a.aheadBatch())); err != nil {
+	if a.reserved < n {
+		// What is added mostly goes on where the reserve ends, so that a large write stays in one piece.
+		if err := a.refill(max(n-a.reserved, a.aheadBatch())); err != nil && len(a.reserve) == 0 {
 			return freeRun{}, err
 		}
+		a.batch = min(a.batch*2, a.maxBatch)
 	}
 	best, bestScore := 0, -1
 	for i, r := range a.reserve {
