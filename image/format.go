@@ -22,6 +22,11 @@ var ErrUnsupportedFormat = errors.New("the image format is not supported")
 // Formats returns the names of the formats that Open and Create know, in alphabetical order.
 func Formats() []string { return []string{formatFVD, formatQcow2, formatRaw} }
 
+// Disciplines returns the names that Options.Discipline takes, those of qcow2 first.
+func Disciplines() []string {
+	return append(qcow2.Disciplines(), disciplineImmediate, disciplineBuffered)
+}
+
 // checkFormat accepts the names of formats, as given by users and by images.
 func checkFormat(name string) error {
 	for _, known := range Formats() {

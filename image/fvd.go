@@ -13,11 +13,22 @@ import (
 	"github.com/platter-disk/platter/storage"
 )
 
-// journalModes are the disciplines of FVD: how eagerly its journal is written.
-var journalModes = map[string]fvd.JournalMode{
-	"":          fvd.JournalAuto,
-	"immediate": fvd.JournalImmediate,
-	"buffered":  fvd.JournalBuffered,
+// The disciplines of FVD: how eagerly its journal is written.
+const (
+	disciplineImmediate = "immediate"
+	disciplineBuffered  = "buffered"
+)
+
+func journalMode(discipline string) (fvd.JournalMode, error) {
+	switch discipline {
+	case "":
+		return fvd.JournalAuto, nil
+	case disciplineImmediate:
+		return fvd.JournalImmediate, nil
+	case disciplineBuffered:
+		return fvd.JournalBuffered, nil
+	}
+	return 0, fmt.Errorf("discipline %q: the journal of an image in format fvd is %s or %s", discipline, disciplineImmediate, disciplineBuffered)
 }
 
 func (c *chain) openFVD(n *node, f storage.File, layer int) (dev block.Device, err error) {
@@ -28,9 +39,9 @@ func (c *chain) openFVD(n *node, f storage.File, layer int) (dev block.Device, e
 	if n.l2Cache != 0 || n.refcountCache != 0 {
 		return nil, qemuError("Block format 'fvd' does not support the sizes of qcow2's caches")
 	}
-	mode, known := journalModes[c.discipline(n, layer)]
-	if !known {
-		return nil, fmt.Errorf("discipline %q: the journal of an image in format fvd is immediate or buffered", c.discipline(n, layer))
+	mode, err := journalMode(c.discipline(n, layer))
+	if err != nil {
+		return nil, err
 	}
 	o := fvd.Options{
 		ReadOnly: n.readOnly, Writethrough: c.o.Writethrough || n.writethrough, Journal: mode,
