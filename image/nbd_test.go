@@ -2,7 +2,7 @@ package image_test
 
 import (
 	"bytes"
-	"os"
+	"net"
 	"os/exec"
 	"path/filepath"
 	"testing"
@@ -26,13 +26,14 @@ func serveQEMU(t *testing.T, path, socket string) {
 		cmd.Process.Kill()
 		cmd.Wait()
 	})
-	for range 200 {
-		if _, err := os.Stat(socket); err == nil {
+	for range 3000 { // the socket is there before anybody listens on it
+		if c, err := net.Dial("unix", socket); err == nil {
+			c.Close()
 			return
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	t.Fatalf("qemu-nbd made no socket: %s", &stderr)
+	t.Fatalf("qemu-nbd does not listen: %s", &stderr)
 }
 
 func TestNBD(t *testing.T) {
