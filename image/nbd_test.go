@@ -2,11 +2,8 @@ package image_test
 
 import (
 	"bytes"
-	"net"
-	"os/exec"
 	"path/filepath"
 	"testing"
-	"time"
 
 	"github.com/platter-disk/platter/image"
 	"github.com/platter-disk/platter/image/gate"
@@ -16,24 +13,7 @@ import (
 // serveQEMU exports a file as it is over a Unix socket until the test ends.
 func serveQEMU(t *testing.T, path, socket string) {
 	testenv.Need(t, "qemu-nbd")
-	cmd := exec.Command("qemu-nbd", "--persistent", "--shared=8", "--format=raw", "--export-name=x", "--socket="+socket, path)
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		cmd.Process.Kill()
-		cmd.Wait()
-	})
-	for range 3000 { // the socket is there before anybody listens on it
-		if c, err := net.Dial("unix", socket); err == nil {
-			c.Close()
-			return
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	t.Fatalf("qemu-nbd does not listen: %s", &stderr)
+	testenv.Serve(t, socket, "qemu-nbd", "--persistent", "--shared=8", "--format=raw", "--export-name=x", "--socket="+socket, path)
 }
 
 func TestNBD(t *testing.T) {

@@ -4,14 +4,11 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/platter-disk/platter/internal/testenv"
 )
@@ -99,24 +96,8 @@ func TestConvertNBD(t *testing.T) {
 // serveNBD runs qemu-nbd on a Unix socket until the test ends, and returns its URI.
 func serveNBD(t *testing.T, socket string, args ...string) string {
 	t.Helper()
-	cmd := exec.Command("qemu-nbd", append([]string{"-t", "-k", socket}, args...)...)
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		cmd.Process.Kill()
-		cmd.Wait()
-	})
-	for range 200 {
-		if _, err := os.Stat(socket); err == nil {
-			return fmt.Sprintf("nbd+unix:///?socket=%s", socket)
-		}
-		time.Sleep(20 * time.Millisecond)
-	}
-	t.Fatalf("qemu-nbd does not answer: %s", stderr.String())
-	return ""
+	testenv.Serve(t, socket, "qemu-nbd", append([]string{"-t", "-k", socket}, args...)...)
+	return "nbd+unix:///?socket=" + socket
 }
 
 // TestConvertSalvage copies from a server that fails to read.
@@ -124,21 +105,8 @@ func TestConvertSalvage(t *testing.T) {
 	testenv.Need(t, "nbdkit")
 	dir := t.TempDir()
 	socket := filepath.Join(dir, "bad.sock")
-	cmd := exec.Command("nbdkit", "-f", "-U", socket, "--filter=error", "data", "data=1*4096", "size=64k",
+	testenv.Serve(t, socket, "nbdkit", "-f", "-U", socket, "--filter=error", "data", "data=1*4096", "size=64k",
 		"error-pread-rate=100%", "error=EIO")
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		cmd.Process.Kill()
-		cmd.Wait()
-	}()
-	for range 200 {
-		if _, err := os.Stat(socket); err == nil {
-			break
-		}
-		time.Sleep(20 * time.Millisecond)
-	}
 	uri := "nbd+unix:///?socket=" + socket
 	o := runHere(t, dir, "convert", "-f", "raw", "-O", "raw", uri, "out.raw")
 	if o.status != statusError || !strings.Contains(o.stderr, "error while reading at byte 0: ") {

@@ -3,9 +3,11 @@
 package testenv
 
 import (
+	"net"
 	"os"
 	"os/exec"
 	"testing"
+	"time"
 )
 
 // Need skips t, or fails it where the environment variable CI is "true", unless every program is on PATH.
@@ -39,6 +41,29 @@ func Run(t testing.TB, name string, args ...string) string {
 		t.Fatalf("%s %q: %v\n%s%s", name, args, err, out, stderr)
 	}
 	return string(out)
+}
+
+// Serve runs a server that Need has found until the test ends, and returns when it listens on the Unix socket: a
+// socket is there before anybody listens on it.
+func Serve(t testing.TB, socket, name string, args ...string) {
+	t.Helper()
+	cmd := exec.Command(name, args...)
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	for range 3000 {
+		if c, err := net.Dial("unix", socket); err == nil {
+			c.Close()
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatalf("%s does not listen on %s", name, socket)
 }
 
 // head keeps the first 64 KiB of what a program prints on its standard error.
