@@ -1,6 +1,7 @@
 package fvd
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 
@@ -113,13 +114,17 @@ func (im *Image) populateRun(p []byte, off guestOffset, first, last blockIndex) 
 	defer im.ranges.unlock(hold)
 	for first < last { // some may have left the base image before the lock
 		run, set := m.fresh.run(first, last)
-		from, to := m.g.blockStart(first), m.g.blockEnd(first+run-1)
 		if !set {
 			if err := m.markInUse(); err != nil {
 				return kept, err
 			}
-			if err := im.writeMapped(p[from-off:to-off], from); err != nil {
-				return kept, err
+			var absent bool
+			run, absent = im.absentRun(p, off, first, first+run)
+			from, to := m.g.blockStart(first), m.g.blockEnd(first+run-1)
+			if !absent {
+				if err := im.writeMapped(p[from-off:to-off], from); err != nil {
+					return kept, err
+				}
 			}
 			m.setFresh(first, first+run)
 			kept += int64(to - from)
@@ -127,6 +132,26 @@ func (im *Image) populateRun(p []byte, off guestOffset, first, last blockIndex) 
 		first += run
 	}
 	return kept, nil
+}
+
+// absentRun returns how many blocks from first on, up to last, agree on whether nothing needs to be stored for
+// them: they hold zeros, as do blocks of ours in a chunk that has no place yet.
+func (im *Image) absentRun(p []byte, off guestOffset, first, last blockIndex) (n blockIndex, absent bool) {
+	m := im.m
+	if !m.g.compact() {
+		return last - first, false
+	}
+	for b := first; b < last; b++ {
+		from, to := m.g.blockStart(b), m.g.blockEnd(b)
+		chunk, _ := m.g.chunkRange(from, to)
+		zero := !m.table.get(chunk).mapped() && bytes.Count(p[from-off:to-off], []byte{0}) == int(to-from)
+		if b == first {
+			absent = zero
+		} else if zero != absent {
+			return b - first, absent
+		}
+	}
+	return last - first, absent
 }
 
 // DetachBase ends the image's dependence on its base: when every block has left it (D-11: every bit is looked
