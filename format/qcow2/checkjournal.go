@@ -20,7 +20,7 @@ func checkJournalled(f storage.File, h *Header, o CheckOptions) (storage.File, *
 			return nil, nil, err
 		}
 	case o.Repair != RepairNone:
-		l, err := scanJournal(f, h)
+		l, err := scanJournal(f, h, "")
 		if err != nil {
 			return nil, nil, err
 		}

@@ -230,7 +230,7 @@ func TestCreateRefuses(t *testing.T) {
 		{"", "", CreateOptions{BackingFormat: "raw"}, "Backing format cannot be used without backing file"},
 		{"", "", CreateOptions{BackingFile: "b", BackingFormat: "sixteen-bytes-16"}, "Parameter 'backing-fmt' does not accept value 'sixteen-bytes-16'"},
 		{"", "", CreateOptions{DataFileName: "x", Preallocation: block.PreallocFull}, "preallocation=full needs the data file"},
-		{"", "", CreateOptions{BackingFile: strings.Repeat("b", 450), BackingFormat: "raw", ClusterSize: 512}, "but a cluster has 512"},
+		{"", "", CreateOptions{BackingFile: strings.Repeat("b", 450), BackingFormat: "raw", ClusterSize: 512}, "found 586 bytes, expected at most 512"},
 	} {
 		if tc.o.Size == 0 {
 			tc.o.Size = 1 << 20

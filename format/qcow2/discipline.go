@@ -65,6 +65,12 @@ type discipline interface {
 	// leave leaks. The caller holds Image.mu.
 	progress(o operation)
 
+	// replaceHeader has edit change the header in memory in what changeHeader has no field for, extensions and the
+	// backing file, and brings the whole of it to the file. A crash leaves the old header or the new one; an error
+	// leaves the old one, unless the image failed. The caller holds Image.resizing and the whole guest range, and
+	// not Image.mu.
+	replaceHeader(edit func(*Header)) error
+
 	// flush makes everything that was accepted before the call durable.
 	flush() error
 

@@ -54,10 +54,28 @@ const (
 	featureEntrySize = 48
 	featureNameSize  = 46
 
-	// minClusterFeatureNames is the smallest cluster whose header gets a feature name table; in smaller
+	// minClusterFeatureNames is the smallest cluster whose header gets a whole feature name table; in smaller
 	// ones the space is left to the backing file name, as QEMU does.
 	minClusterFeatureNames = 4096 + 1
+
+	// Smaller headers name the journal alone, if that leaves room for a backing file name of any length and for
+	// the header to be rewritten beside itself.
+	minClusterJournalName        = 4096
+	minClusterJournalNameWithout = 1024 // a backing file
 )
+
+// featureNames is what the feature name table says; nothing means that there is none.
+func (h *Header) featureNames() []featureName {
+	var names []featureName
+	size := h.ClusterSize()
+	if h.Version >= 3 && size >= minClusterFeatureNames {
+		names = knownFeatures()
+	}
+	if h.Journal != nil && (size >= minClusterJournalName || h.BackingFile == "" && size >= minClusterJournalNameWithout) {
+		names = append(names, featureName{featureIncompatible, journalFeatureBit, journalFeatureName})
+	}
+	return names
+}
 
 // knownFeatures is what the feature name table of a written header says.
 func knownFeatures() []featureName {

@@ -70,6 +70,12 @@ func (im *Image) collectExtents(runs []block.Extent, off guestOff, n int64) ([]b
 		part := (*partial)(nil)
 		if !s.inPlace() {
 			part, e.Length = im.partials.find(at, s.n, g.clusterSize)
+			if part != nil {
+				var held bool
+				if e.Length, held = part.held(g, at, e.Length, &s); !held {
+					part = nil
+				}
+			}
 		}
 		switch {
 		case part != nil:
@@ -137,13 +143,22 @@ func (im *Image) dataExtents(e block.Extent, fn func(block.Extent) bool) (more b
 	return more, err
 }
 
-// backingExtents reports a run that the backing device decides.
+// backingExtents reports a run that the backing device decides. The device may be detached meanwhile: what it has
+// not told by then reads as zeros.
 func (im *Image) backingExtents(e block.Extent, fn func(block.Extent) bool) (more bool, err error) {
 	more = true
-	err = im.backing.Extents(e.Offset, e.Length, func(b block.Extent) bool {
-		b.Depth++
-		more = fn(b)
-		return more
-	})
+	at, end := e.Offset, e.Offset+e.Length
+	backing := im.backing.get()
+	if backing != nil {
+		err = backing.Extents(at, e.Length, func(b block.Extent) bool {
+			at = b.Offset + b.Length
+			b.Depth++
+			more = fn(b)
+			return more
+		})
+	}
+	if more && at < end && im.backing.get() == nil {
+		return fn(block.Extent{Offset: at, Length: end - at, Zero: true, HostOffset: -1}), nil
+	}
 	return more, err
 }

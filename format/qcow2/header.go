@@ -46,6 +46,9 @@ var (
 	// ErrUnsupportedFeature is wrapped by the error for an image that needs something this package does not
 	// know: an unknown incompatible feature bit, version or compression type, or encryption.
 	ErrUnsupportedFeature = errors.New("unsupported qcow2 feature")
+
+	// ErrHeaderFull is wrapped by the error for a change of the header that cluster 0 has no room for.
+	ErrHeaderFull = errors.New("the header cluster is full")
 )
 
 // FormatError says which part of an image is not as the qcow2 specification or a limit of this package
@@ -64,6 +67,15 @@ func (e *FormatError) Error() string {
 }
 
 func (e *FormatError) Unwrap() error { return e.Err }
+
+// headerFullError says that a header does not fit in a cluster.
+type headerFullError struct{ bytes, cluster int64 }
+
+func (e *headerFullError) Error() string {
+	return fmt.Sprintf("No space left in the file header (header, extensions and backing file name: found %d bytes, expected at most %d)", e.bytes, e.cluster)
+}
+
+func (e *headerFullError) Unwrap() error { return ErrHeaderFull }
 
 // Header is the content of cluster 0: the header proper, its extensions and the backing file name. All
 // offsets are bytes in the image file.
@@ -448,7 +460,10 @@ func (h *Header) checkTable(name, what, field string, offset, n, entrySize, limi
 //
 // The first 512 bytes hold every fixed field; a rewrite that must survive a crash changes what they point to
 // first (qcow2 specification, "Header").
-func (h *Header) Encode() ([]byte, error) {
+func (h *Header) Encode() ([]byte, error) { return h.encode(0) }
+
+// encode is Encode with the backing file name at or after the given byte of the cluster.
+func (h *Header) encode(nameAt int64) ([]byte, error) {
 	if h.Version == 2 && (h.Incompatible|h.Compatible|h.Autoclear != 0 || h.RefcountOrder != 4 ||
 		h.CompressionType != CompressionDeflate || len(h.Unknown) != 0) {
 		return nil, errors.New("a version 2 header has no place for features, other counts than 16 bits, or compression types")
@@ -467,16 +482,19 @@ func (h *Header) Encode() ([]byte, error) {
 	out = h.appendExtensions(out)
 	h.HeaderLength = uint32(length)
 	h.BackingFileOffset, h.BackingFileSize = 0, 0
+	end := int64(len(out))
 	if h.BackingFile != "" {
-		h.BackingFileOffset, h.BackingFileSize = uint64(len(out)), uint32(len(h.BackingFile))
-		out = append(out, h.BackingFile...)
+		end = max(end, nameAt)
+		h.BackingFileOffset, h.BackingFileSize = uint64(end), uint32(len(h.BackingFile))
+		end += int64(len(h.BackingFile))
 	}
-	if int64(len(out)) > h.ClusterSize() {
-		return nil, fmt.Errorf("header with its extensions and the backing file name: %d bytes, but a cluster has %d",
-			len(out), h.ClusterSize())
+	if end > h.ClusterSize() {
+		return nil, &headerFullError{end, h.ClusterSize()}
 	}
 	h.encodeFields(out)
-	return append(out, make([]byte, h.ClusterSize()-int64(len(out)))...), nil
+	out = out[:h.ClusterSize()]
+	copy(out[h.BackingFileOffset:], h.BackingFile)
+	return out, nil
 }
 
 // appendExtensions appends the extension area and its end marker.
@@ -494,11 +512,7 @@ func (h *Header) appendExtensions(out []byte) []byte {
 	if j := h.Journal; j != nil {
 		out = appendExtension(out, extJournal, j.encode())
 	}
-	if h.Version >= 3 && h.ClusterSize() >= minClusterFeatureNames {
-		names := knownFeatures()
-		if h.Journal != nil {
-			names = append(names, featureName{featureIncompatible, journalFeatureBit, journalFeatureName})
-		}
+	if names := h.featureNames(); len(names) > 0 {
 		out = appendExtension(out, extFeatureNames, encodeFeatureNames(names))
 	}
 	if b := h.Bitmaps; b != nil {

@@ -56,7 +56,7 @@ func victims(t testing.TB) []*victim {
 		if err := Create(f, o); err != nil {
 			t.Fatal(err)
 		}
-		im, err := Open(keepOpen{f}, Options{Discipline: how})
+		im, err := Open(keepOpen{f}, Options{Discipline: how, JournalCommitInterval: -1})
 		if err != nil {
 			t.Fatal(err)
 		}

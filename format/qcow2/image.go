@@ -1,13 +1,13 @@
 package qcow2
 
 import (
-	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/platter-disk/platter/block"
 	"github.com/platter-disk/platter/storage"
@@ -39,6 +39,16 @@ type Options struct {
 
 	JournalSize int64 // bytes that a new journal takes, from 64 blocks to 1 GiB; 0: what the image prefers, or 16 MiB
 
+	// JournalCommitInterval is the longest that the discipline Journal keeps a change of metadata in memory if
+	// nobody flushes. 0: 5 seconds; negative: until something else makes it commit.
+	JournalCommitInterval time.Duration
+
+	// JournalDataChecksums has the discipline Journal write checksums of the data that a flush exposes instead
+	// of a barrier in front of them. A copy-on-write and a flush then take one barrier rather than two; an
+	// overwrite in place of what the newest flush exposed waits for one. An image that crashed can be recovered
+	// only by programs that know these checksums.
+	JournalDataChecksums bool
+
 	Mutant Mutant // "": none. For crash exploration only
 }
 
@@ -48,7 +58,7 @@ type Options struct {
 type Image struct {
 	file    storage.File
 	data    storage.File // where guest data lies: file, or the external data file
-	backing block.Device // nil: none
+	backing backingDevice
 	geo     geometry
 	opts    Options
 
@@ -62,6 +72,9 @@ type Image struct {
 	codec      codec
 	discipline discipline
 	guard      guard
+
+	// beforeOverwrite returns when guest data in a range of the file may change; nil: at once.
+	beforeOverwrite func(at hostOff, n int64) error
 
 	unsynced atomic.Bool // the files hold something that no barrier covers yet
 	touched  atomic.Bool // prepareChange has run
@@ -156,9 +169,10 @@ func Open(f storage.File, o Options) (*Image, error) {
 // makeImage makes an image of which no table has been looked at.
 func makeImage(f storage.File, h *Header, o Options) *Image {
 	im := &Image{
-		file: f, data: f, backing: o.Backing, geo: newGeometry(h), opts: o, header: h,
+		file: f, data: f, geo: newGeometry(h), opts: o, header: h,
 		locks: newRangeLock(), l1Dirty: map[int64]struct{}{}, gen: 1, durable: 1,
 	}
+	im.backing.set(o.Backing)
 	im.size.Store(int64(h.Size) &^ (sectorSize - 1))
 	return im
 }
@@ -202,7 +216,7 @@ func (im *Image) openTables(fileSize int64) error {
 // useTables makes t the active L1 table of an image that is being opened, and makes the caches of what it reaches.
 func (im *Image) useTables(t *l1Table) {
 	im.l1.Store(t)
-	im.zeroInit = im.backing == nil && !slices.ContainsFunc(t.words, func(w uint64) bool { return w != 0 })
+	im.zeroInit = im.backing.get() == nil && !slices.ContainsFunc(t.words, func(w uint64) bool { return w != 0 })
 	limit := im.opts.L2CacheSize
 	if limit <= 0 {
 		limit = DefaultL2CacheSize
@@ -292,8 +306,8 @@ func (im *Image) Close() error {
 		err = errors.Join(err, im.data.Close())
 	}
 	err = errors.Join(err, im.file.Close())
-	if im.backing != nil {
-		err = errors.Join(err, im.backing.Close())
+	if backing := im.backing.get(); backing != nil {
+		err = errors.Join(err, backing.Close())
 	}
 	return err
 }
@@ -600,51 +614,6 @@ var (
 	fieldSnapshots     = headerField{60, 72}
 	fieldFeatures      = headerField{72, 96}
 )
-
-// rewriteHeader brings the whole header in memory to the file, so that a crash leaves the old or the new one.
-// Only the first sector changes atomically; the new extensions and the backing file name are therefore laid
-// out once where the old header has nothing, and then, while the header points there, where they belong
-// (specification section 18.20). The caller holds mu.
-func (im *Image) rewriteHeader() error {
-	final, err := im.header.Encode()
-	if err != nil {
-		return fmt.Errorf("%s: %w", im.file.Name(), err)
-	}
-	old := make([]byte, len(final))
-	if err := storage.ReadFull(im.file, old, 0); err != nil {
-		return fmt.Errorf("%s: header: %w", im.file.Name(), err)
-	}
-	if bytes.Equal(final[sectorSize:], old[sectorSize:]) {
-		return im.switchSector(final)
-	}
-	used := int64(max(len(bytes.TrimRight(final, "\x00")), len(bytes.TrimRight(old, "\x00"))))
-	moved := *im.header
-	aside := (used + sectorSize) &^ (sectorSize - 1) // past everything that either layout uses
-	moved.Unknown = append(slices.Clone(moved.Unknown), make([]byte, aside-int64(moved.HeaderLength))...)
-	if temporary, err := moved.Encode(); err == nil {
-		if err := im.writeMetadata(temporary[aside:], hostOff(aside)); err != nil {
-			return err
-		}
-		if err := im.switchSector(temporary); err != nil {
-			return err
-		}
-	}
-	if err := im.writeMetadata(final[sectorSize:], sectorSize); err != nil {
-		return err
-	}
-	return im.switchSector(final)
-}
-
-// switchSector writes the first sector of the header between two barriers.
-func (im *Image) switchSector(header []byte) error {
-	if err := im.syncFiles(); err != nil {
-		return err
-	}
-	if err := im.writeMetadata(header[:sectorSize], 0); err != nil {
-		return err
-	}
-	return im.syncFiles()
-}
 
 // switchHeader brings fields of the header in memory to the file, between two barriers: what they point to
 // is durable before, the switch afterwards. The caller holds mu.

@@ -1,15 +1,16 @@
 package qcow2
 
 import (
-	"crypto/rand"
 	"encoding/binary"
 	"fmt"
 	"sync"
+	"time"
 )
 
 // journal writes every change of metadata to a log first and to its place later (docs/qcow2-journal.md).
 //
 //	flush:       data, new tables | barrier, if a transaction refers to them | log blocks | barrier
+//	             data | log blocks with its checksums | barrier, with Options.JournalDataChecksums
 //	checkpoint:  log blocks durable | tables in place | barrier | superblock with the new tail
 //
 // A transaction is everything that was accepted between two commits. It counts whole or not at all, and
@@ -18,12 +19,14 @@ import (
 type journal struct {
 	im      *Image
 	commits combiner
+	sums    *dataChecksums // nil: a barrier comes between data and what exposes it
 
 	// Guarded by Image.mu: the transaction that is being collected.
 	tx    *transaction
 	op    operation  // the long operation that is under way
 	need  generation // barrier that it owes
 	freed []hostRun  // clusters that it freed
+	idle  commitTimer
 
 	logged      uint64             // file size in bytes that the log knows of
 	tableDirty  map[hostOff]uint64 // words of the refcount table that are not in their place
@@ -37,6 +40,7 @@ type journal struct {
 	super     superblock // newest written
 	head      uint64     // next lsn
 	began     uint64     // head when the newest checkpoint began
+	changes   int        // words and revokes logged since then: sectors that a replay changes, at most
 	tail      uint64     // of the newest superblock that is known to be durable
 	durable   uint64     // every block with a smaller lsn is durable
 	nextTx    uint64
@@ -50,15 +54,23 @@ func newJournal(im *Image) (*journal, error) {
 	if im.header.Version < 3 {
 		return nil, fmt.Errorf("%s: discipline %q needs an incompatible feature bit of version 3; the image has version %d", im.file.Name(), Journal, im.header.Version)
 	}
-	d := &journal{im: im, tx: newTransaction(), tableDirty: map[hostOff]uint64{}}
+	d := &journal{im: im, tx: newTransaction(), idle: newCommitTimer(&im.opts), tableDirty: map[hostOff]uint64{}}
+	if im.opts.JournalDataChecksums {
+		d.sums = newDataChecksums()
+		im.beforeOverwrite = d.beforeOverwrite
+	}
 	if j := im.header.Journal; j != nil {
 		d.ext = *j
 	} else {
 		d.ext.BlockOrder = min(defaultBlockOrder, im.header.ClusterBits)
 		h := *im.header
 		h.Journal = &d.ext
-		if _, err := h.Encode(); err != nil {
-			return nil, fmt.Errorf("%s: discipline %q: no room for its header extension: %w", im.file.Name(), Journal, err)
+		old, err := im.readHeaderCluster()
+		if err == nil {
+			_, err = im.headerSteps(old, &h)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("discipline %q: no room for its header extension: %w", Journal, err)
 		}
 	}
 	if im.opts.JournalSize > 0 {
@@ -82,6 +94,7 @@ func (d *journal) accept(u *update) error {
 		return err
 	}
 	im.changeWords(u)
+	d.changed()
 	at := im.l1.Load().at
 	if u.slice != nil {
 		at = hostOff(u.slice.where.Load())
@@ -89,7 +102,9 @@ func (d *journal) accept(u *update) error {
 	for i, w := range u.words {
 		d.log(at+hostOff((u.first+int64(i))*8), w)
 	}
-	d.need = max(d.need, u.exposes)
+	if u.exposes < im.durable || !d.cover(u) {
+		d.need = max(d.need, u.exposes)
+	}
 	return d.release(u.releases)
 }
 
@@ -98,6 +113,7 @@ func (d *journal) release(runs []hostRun) error {
 	a := d.im.alloc
 	for _, r := range runs {
 		for c := r.start; c < r.start+hostCluster(r.n); c++ {
+			d.uncover(c)
 			last, err := a.lower(c)
 			if err != nil {
 				return err
@@ -155,6 +171,7 @@ func (d *journal) changeHeader(f headerField, releases []hostRun) error {
 		d.log(hostOff(at), binary.BigEndian.Uint64(raw[at:]))
 	}
 	d.headerDirty = true
+	d.changed()
 	d.need = max(d.need, d.im.gen)
 	return d.release(releases)
 }
@@ -168,8 +185,12 @@ func (d *journal) progress(o operation) {
 	d.need = max(d.need, d.im.gen)
 }
 
-// full keeps a transaction, and what one request may still add to it, far below what the ring can hold.
-func (d *journal) full() bool { return d.tx.bound(int(d.ext.blockSize())) > d.ringBlocks()/8 }
+// full keeps a transaction, and what one request may still add to it, far below what the ring and a replay can
+// hold.
+func (d *journal) full() bool {
+	e := d.region()
+	return d.tx.bound(int(e.blockSize())) > e.ringBlocks()/8 || len(d.tx.words)+len(d.tx.revokes) > e.replaySectors()/8
+}
 
 // settle commits a transaction that has become large, and writes tables to their places when they crowd the
 // cache.
@@ -186,15 +207,6 @@ func (d *journal) settle() error {
 		return d.flush()
 	}
 	return nil
-}
-
-// ringBlocks is the size of the ring, or what it is going to be.
-func (d *journal) ringBlocks() uint64 {
-	e := d.ext
-	if e.Size == 0 {
-		e.Size = uint64(d.regionSize())
-	}
-	return e.ringBlocks()
 }
 
 // settleCounts has nothing to do: counts become durable with what relies on them.
@@ -224,65 +236,50 @@ func (d *journal) checkpointNow() error {
 	return d.im.failed()
 }
 
-// commit makes the transaction durable, and starts a checkpoint if one is asked for or the ring is half full.
-// The caller holds commits.
+// commit makes the transaction durable, and starts a checkpoint if one is asked for or the ring is half full. The
+// caller holds commits.
 func (d *journal) commit(checkpoint bool) error {
 	im := d.im
 	if err := im.failed(); err != nil {
 		return err
 	}
-	im.mu.Lock()
-	if d.running && d.head-d.began+d.tx.bound(int(d.ext.blockSize())) > d.ext.ringBlocks()/2 {
-		// Half the ring has to be free when the next checkpoint begins: what is in use then stays in use until
-		// that one has ended.
-		im.mu.Unlock()
-		d.inPlace.Wait()
-		im.mu.Lock()
-	}
-	if err := d.prepare(); err != nil {
-		im.mu.Unlock()
+	c, err := d.seal(checkpoint)
+	if err != nil {
 		return err
 	}
-	if end := uint64(im.alloc.end.Load()); !d.tx.empty() && end > d.logged {
-		d.tx.size, d.logged = end, end
-	}
-	tx, need, freed := d.tx, d.need, d.freed
-	d.tx, d.need, d.freed = newTransaction(), 0, nil
-	d.advanceTail()
-	used := d.head - d.tail + tx.bound(int(d.ext.blockSize()))
-	var places *tableState
-	if d.live && !d.running && (checkpoint || used > d.checkpointAt()) {
-		places = d.collect()
-	}
-	im.gen++
-	now := im.gen
-	reached := im.durable
-	im.mu.Unlock()
-
-	if places != nil && im.opts.Mutant == MutantNoWAL {
-		if err := im.writeBatch(&places.writes); err != nil {
+	if c.places != nil && im.opts.Mutant == MutantNoWAL {
+		if err := im.writeBatch(&c.places.writes); err != nil {
 			return err
 		}
 	}
-	if !tx.empty() {
-		if need >= reached && im.opts.Mutant != MutantNoB1 {
-			if err := im.barrier(now); err != nil {
-				return err
-			}
-		}
-		if err := d.append(tx); err != nil {
+	if c.barrier || d.compute(c.tx.sums) != nil {
+		c.tx.sums = nil
+		if err := im.barrier(c.began); err != nil {
 			return err
 		}
 	}
-	if err := im.barrier(now); err != nil {
+	if c.record {
+		if err := d.append(c.tx); err != nil {
+			return err
+		}
+	}
+	if err := im.barrier(c.began); err != nil {
 		return err
 	}
 	d.durable = d.head
-	d.recycle(freed)
-	if places != nil {
+	if c.record {
+		d.proved(d.nextTx - 1)
+	}
+	d.recycle(c.freed)
+	if d.inDoubt() {
+		im.mu.Lock()
+		d.changed()
+		im.mu.Unlock()
+	}
+	if c.places != nil {
 		head, tx := d.head, d.nextTx
-		d.began = head
-		run := func() { d.checkpoint(places, head, tx) }
+		d.began, d.changes = head, 0
+		run := func() { d.checkpoint(c.places, head, tx) }
 		if im.opts.Mutant == MutantRingEarly {
 			d.delayed = run // the wrong order shows only if the ring is full when the checkpoint ends
 			return nil
@@ -290,6 +287,48 @@ func (d *journal) commit(checkpoint bool) error {
 		d.inPlace.Go(run)
 	}
 	return nil
+}
+
+// sealed is a transaction that takes nothing more, with what goes with it.
+type sealed struct {
+	tx      *transaction
+	freed   []hostRun
+	began   generation  // everything before it is in the transaction
+	record  bool        // it goes to the log
+	barrier bool        // after a barrier
+	places  *tableState // a checkpoint is to follow; nil: none
+}
+
+// seal ends the transaction that is being collected and begins the next one.
+func (d *journal) seal(checkpoint bool) (c sealed, err error) {
+	im := d.im
+	im.mu.Lock()
+	defer im.mu.Unlock()
+	d.awaitRoom()
+	if err := d.prepare(); err != nil {
+		return c, err
+	}
+	if end := uint64(im.alloc.end.Load()); !d.tx.empty() && end > d.logged {
+		d.tx.size, d.logged = end, end
+	}
+	c.tx, c.freed = d.tx, d.freed
+	d.advanceTail()
+	checkpoint = checkpoint || im.opts.Mutant == MutantNoWAL || d.crowded(d.head-d.tail)
+	if d.live && !d.running && checkpoint {
+		c.places = d.collect()
+	}
+	c.record = !c.tx.empty() || c.places != nil && d.inDoubt()
+	c.barrier = !c.tx.empty() && d.need >= im.durable && im.opts.Mutant != MutantNoB1
+	if d.sums != nil {
+		// What a checkpoint copies must not be in doubt, and where there is a barrier nothing needs a checksum.
+		sums, owed := d.sealSums(d.nextTx, !c.barrier && c.places == nil)
+		c.tx.sums, c.barrier = sums, c.barrier || owed
+	}
+	d.changes += len(c.tx.words) + len(c.tx.revokes)
+	d.tx, d.need, d.freed, d.idle.oldest = newTransaction(), 0, nil, time.Time{}
+	im.gen++
+	c.began = im.gen
+	return c, nil
 }
 
 // prepare sets clusters aside for what comes and, for the first transaction, begins the session. Where that
@@ -305,13 +344,23 @@ func (d *journal) prepare() error {
 	return d.begin()
 }
 
-// checkpointAt is the number of blocks in use at which a checkpoint starts: early enough that commits go on
-// while it runs.
-func (d *journal) checkpointAt() uint64 {
-	if d.im.opts.Mutant == MutantNoWAL {
-		return 0
+// crowded reports whether the transaction that is being collected fills half the ring, of which a number of blocks
+// are in use, or half of what a replay is to take. Checkpoints start then, early enough that commits go on while
+// they run. The caller holds commits and Image.mu.
+func (d *journal) crowded(blocks uint64) bool {
+	return blocks+d.tx.bound(int(d.ext.blockSize())) > d.ext.ringBlocks()/2 ||
+		d.changes+len(d.tx.words)+len(d.tx.revokes) > d.ext.replaySectors()/4
+}
+
+// awaitRoom waits for a checkpoint that the ring has little room left for. Half of it has to be free when the next
+// one begins: what is in use then stays in use until that one has ended. The caller holds commits and Image.mu,
+// which is given up meanwhile.
+func (d *journal) awaitRoom() {
+	if d.running && d.crowded(d.head-d.began) {
+		d.im.mu.Unlock()
+		d.inPlace.Wait()
+		d.im.mu.Lock()
 	}
-	return d.ext.ringBlocks() / 2
 }
 
 // recycle makes clusters available that a durable transaction freed. A checkpoint that is under way may still
@@ -406,182 +455,4 @@ func (d *journal) makeRoom() error {
 	d.advanceTail()
 	im.mu.Unlock()
 	return im.failed()
-}
-
-// tableState is what is to be written to its place: all changed tables as of one commit.
-type tableState struct {
-	writes writeBatch
-	slices []*tableSlice
-	op     operation // under way at that commit
-}
-
-// collect copies everything that is not in its place. The caller holds Image.mu.
-func (d *journal) collect() *tableState {
-	im := d.im
-	c := &tableState{op: d.op}
-	im.collectTables(&c.writes, &c.slices)
-	im.alloc.refs.collect(&c.writes)
-	for at, word := range d.tableDirty {
-		c.writes.addWords(at, []uint64{word})
-	}
-	clear(d.tableDirty)
-	if d.headerDirty {
-		raw := make([]byte, headerLengthOut)
-		im.header.encodeFields(raw)
-		c.writes.add(hostOff(fieldSize.from), raw[fieldSize.from:fieldFeatures.from])
-		d.headerDirty = false
-	}
-	d.running = true
-	return c
-}
-
-// checkpoint writes tables to their places and then moves the tail of the journal. All their changes are
-// durable in the journal below head.
-func (d *journal) checkpoint(c *tableState, head, tx uint64) {
-	im := d.im
-	defer func() {
-		im.mu.Lock()
-		d.running = false
-		for _, r := range d.postponed {
-			im.alloc.recycle(r.start, r.punch)
-		}
-		d.postponed = nil
-		im.mu.Unlock()
-	}()
-	if im.writeBatch(&c.writes) != nil {
-		return // the image takes no further changes
-	}
-	if im.opts.Mutant != MutantNoCheckpointB && im.syncFiles() != nil {
-		return
-	}
-	// The superblock before this one was written before that barrier: the two never fail together.
-	d.super.generation++
-	d.super.tail, d.super.tailTx, d.super.opstate = head, tx, c.op.encode()
-	if d.writeSuper() != nil {
-		return
-	}
-	im.mu.Lock()
-	im.writtenBack(c.slices)
-	im.alloc.refs.writtenBack()
-	d.newTail, d.stamp = head, im.gen
-	im.mu.Unlock()
-}
-
-func (d *journal) writeSuper() error {
-	at := d.ext.Offset + d.super.generation%2<<d.ext.BlockOrder
-	return d.im.writeMetadata(d.super.encode(), hostOff(at))
-}
-
-// regionSize is the size of the journal in bytes: what the image prefers, in whole clusters.
-func (d *journal) regionSize() int64 {
-	size := int64(defaultJournal)
-	if d.ext.PreferredSize != 0 {
-		size = int64(d.ext.PreferredSize)
-	}
-	size = min(max(size, minJournalBlocks<<d.ext.BlockOrder), maxJournalBytes)
-	return d.im.geo.clustersFor(size) << d.im.geo.clusterBits
-}
-
-// begin starts a session: a place for the journal, its first superblock, the extension in the header, and
-// then, once all that is durable, the feature bit. The caller holds commits and Image.mu.
-func (d *journal) begin() error {
-	im := d.im
-	size := d.regionSize()
-	start, err := im.alloc.freeRegion(im.geo.clusterOf(hostOff(d.ext.Offset)), size>>im.geo.clusterBits)
-	if err != nil {
-		return err
-	}
-	if err := im.alloc.extend(int64(im.geo.offsetOf(start)) + size); err != nil {
-		return err
-	}
-	im.alloc.journal = hostRun{start: start, n: size >> im.geo.clusterBits}
-	d.ext.Offset, d.ext.Size = uint64(im.geo.offsetOf(start)), uint64(size)
-	if err := d.identify(d.ext.UUID[:]); err != nil {
-		return err
-	}
-	d.super = superblock{
-		uuid: d.ext.UUID, generation: 1, blocks: d.ext.ringBlocks(), blockSize: uint32(d.ext.blockSize()),
-		minSize: uint64(im.alloc.end.Load()), tail: 1, tailTx: 1,
-	}
-	if err := d.identify(d.super.session[:]); err != nil {
-		return err
-	}
-	d.head, d.began, d.tail, d.durable, d.nextTx = 1, 1, 1, 1, 1
-	if err := im.writeMetadata(make([]byte, d.ext.blockSize()), hostOff(d.ext.Offset)); err != nil {
-		return err
-	}
-	if err := d.writeSuper(); err != nil {
-		return err
-	}
-	h := im.header
-	h.Journal = &d.ext
-	if err := im.rewriteHeader(); err != nil {
-		return err
-	}
-	h.Incompatible |= IncompatJournal
-	if err := im.switchHeader(fieldFeatures); err != nil {
-		return err
-	}
-	d.live = true
-	return nil
-}
-
-// resume starts a session in the place of one that a crash ended, with an operation under way. Everything in the
-// log of that session is in its place, durably.
-func (d *journal) resume(l *journalLog, o operation) error {
-	im := d.im
-	d.ext, d.super, d.op = l.ext, l.super, o
-	if err := d.identify(d.super.session[:]); err != nil {
-		return err
-	}
-	d.super.generation++
-	d.super.tail, d.super.tailTx, d.super.opstate = l.end, l.super.tailTx+uint64(l.pending), o.encode()
-	d.head, d.tail, d.durable, d.nextTx = l.end, l.end, l.end, d.super.tailTx
-	d.live = true
-	im.alloc.journal = hostRun{start: im.geo.clusterOf(hostOff(d.ext.Offset)), n: im.geo.clustersFor(int64(d.ext.Size))}
-	if err := d.writeSuper(); err != nil {
-		return err
-	}
-	return im.syncFiles()
-}
-
-// identify makes a random identity.
-func (d *journal) identify(id []byte) error {
-	if d.im.opts.Mutant == MutantSameSession {
-		return nil
-	}
-	_, err := rand.Read(id)
-	return err
-}
-
-// close checkpoints and ends the session. What is left is an ordinary image that asks to be journalled the
-// next time it is opened for writing.
-func (d *journal) close() error {
-	im := d.im
-	defer d.inPlace.Wait() // the file is about to be closed, whatever happens here
-	if err := d.flush(); err != nil {
-		return err
-	}
-	d.commits.Lock()
-	defer d.commits.Unlock()
-	if d.live {
-		if err := d.checkpointNow(); err != nil {
-			return err
-		}
-	}
-	im.mu.Lock()
-	defer im.mu.Unlock()
-	if err := im.alloc.returnReserve(); err != nil {
-		return im.fail(err)
-	}
-	if !d.live {
-		return im.alloc.trim()
-	}
-	im.header.Incompatible &^= IncompatJournal
-	if err := im.switchHeader(fieldFeatures); err != nil {
-		return err
-	}
-	d.live = false
-	im.alloc.journal = hostRun{}
-	return im.alloc.trim()
 }

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"hash/crc32"
+	"maps"
 	"slices"
 )
 
@@ -27,6 +28,7 @@ const (
 	superSize         = 512
 	ringHeaderSize    = 64
 	recordHeaderSize  = 16
+	sumBytes          = recordHeaderSize + 8 // of a recordData
 	opstateSize       = 64
 	superMagic        = "QCJSUPER"
 	ringMagic         = 0x716a626c // "qjbl"
@@ -34,6 +36,7 @@ const (
 	maxJournalBytes   = 1 << 30
 	defaultJournal    = 16 << 20
 	maxRingTxBlocks   = 65535
+	maxLSN            = 1 << 62
 	defaultBlockOrder = 12
 )
 
@@ -153,7 +156,7 @@ func decodeSuperblock(b []byte, j *JournalExtension) *superblock {
 		blocks: be.Uint64(b[72:]), blockSize: be.Uint32(b[80:]), minSize: be.Uint64(b[88:]),
 		opstate: [opstateSize]byte(b[96:160]),
 	}
-	if s.uuid != j.UUID || s.generation == 0 || s.blocks != j.ringBlocks() || int64(s.blockSize) != j.blockSize() {
+	if s.uuid != j.UUID || s.generation == 0 || s.tail > maxLSN || s.blocks != j.ringBlocks() || int64(s.blockSize) != j.blockSize() {
 		return nil
 	}
 	return s
@@ -215,6 +218,7 @@ const (
 	recordRevoke  = 3
 	recordOpstate = 4
 	recordNote    = 5
+	recordData    = 7 // the transaction counts only if the data at target is there, or it is known to have been durable
 
 	recordOptional = 128 // types from here on may be skipped by those who do not know them
 	recordSize     = 128 // the image file has at least target bytes; so no pointer leads past its end after a replay
@@ -225,7 +229,7 @@ type record struct {
 	kind   uint8
 	length uint32
 	target uint64
-	body   []byte // of recordWrite the bytes, of recordFill the 8-byte pattern, of recordOpstate the state
+	body   []byte // of recordWrite the bytes, of recordFill the 8-byte pattern, of recordOpstate the state, of recordData the checksum
 }
 
 // decodeRecords decodes the records of a ring block. Everything that does not make sense is an error: the
@@ -245,6 +249,8 @@ func decodeRecords(payload []byte) ([]record, error) {
 		switch r.kind {
 		case recordWrite:
 			want = int(min((int64(r.length)+7)&^7, 1<<20))
+		case recordData:
+			want = 8
 		case recordFill:
 			want = 8
 			if r.length%8 != 0 || r.length > 1<<31 {
@@ -276,10 +282,22 @@ func decodeRecords(payload []byte) ([]record, error) {
 	return out, nil
 }
 
+// dataSum is a checksum of guest data that a transaction exposes.
+type dataSum struct {
+	at, n uint64 // bytes of the image file
+	sum   uint32 // CRC32C
+}
+
+func decodeDataSum(r record) dataSum {
+	return dataSum{r.target, uint64(r.length), binary.BigEndian.Uint32(r.body)}
+}
+
 // transaction collects the changes of one commit: the newest value of every table word, and what is given up.
 type transaction struct {
 	words   map[hostOff]uint64 // by host offset, a multiple of 8
-	revokes []hostRun          // clusters of tables that are not in use any more
+	sums    []dataSum
+	covered int       // clusters that it may have checksums of
+	revokes []hostRun // clusters of tables that are not in use any more
 	opstate *[opstateSize]byte
 	size    uint64 // of the file in bytes, if it grew since the transaction before; 0: it did not
 }
@@ -318,7 +336,7 @@ func (w *ringWriter) add(p []byte, kind uint8, length uint32, target uint64, bod
 	w.used[len(w.used)-1] += size
 }
 
-// pack encodes the transaction as records in blocks.
+// pack encodes the transaction as records in blocks, at least one.
 func (t *transaction) pack(blockSize int, clusterBits uint) *ringWriter {
 	w := &ringWriter{blockSize: blockSize}
 	for _, r := range t.revokes {
@@ -328,25 +346,26 @@ func (t *transaction) pack(blockSize int, clusterBits uint) *ringWriter {
 			at, n = at+step, n-step
 		}
 	}
-	targets := make([]hostOff, 0, len(t.words))
-	for at := range t.words {
-		targets = append(targets, at)
+	for _, s := range t.sums {
+		body := binary.BigEndian.AppendUint64(nil, uint64(s.sum)<<32)
+		w.add(w.room(len(body)), recordData, uint32(s.n), s.at, body)
 	}
-	slices.Sort(targets)
-	var body []byte
-	for i := 0; i < len(targets); {
-		body = body[:0]
-		j := i
-		for ; j < len(targets) && targets[j] == targets[i]+hostOff(j-i)*8; j++ {
-			body = binary.BigEndian.AppendUint64(body, t.words[targets[j]])
+	targets := slices.Sorted(maps.Keys(t.words))
+	for len(targets) > 0 {
+		n := t.equal(targets)
+		if n >= minFillWords {
+			body := binary.BigEndian.AppendUint64(nil, t.words[targets[0]])
+			w.add(w.room(len(body)), recordFill, uint32(n*8), uint64(targets[0]), body)
+			targets = targets[n:]
+			continue
 		}
-		for at, rest := uint64(targets[i]), body; len(rest) > 0; {
-			p := w.room(8)
-			n := min(len(rest), (len(p)-recordHeaderSize)&^7)
-			w.add(p, recordWrite, uint32(n), at, rest[:n])
-			at, rest = at+uint64(n), rest[n:]
+		var body []byte
+		i := 0
+		for ; i < len(targets) && targets[i] == targets[0]+hostOff(i)*8 && t.equal(targets[i:]) < minFillWords; i++ {
+			body = binary.BigEndian.AppendUint64(body, t.words[targets[i]])
 		}
-		i = j
+		w.addWrite(uint64(targets[0]), body)
+		targets = targets[i:]
 	}
 	if t.size != 0 {
 		w.add(w.room(0), recordSize, 0, t.size, nil)
@@ -354,12 +373,42 @@ func (t *transaction) pack(blockSize int, clusterBits uint) *ringWriter {
 	if t.opstate != nil {
 		w.add(w.room(opstateSize), recordOpstate, opstateSize, 0, t.opstate[:])
 	}
+	if len(w.blocks) == 0 {
+		w.room(0)
+	}
 	return w
+}
+
+// minFillWords is the least number of equal words in a row that a FILL is written for. It takes 24 bytes and may
+// cut a WRITE in two, which is another 16.
+const minFillWords = 8
+
+// maxFillWords is what the length of a FILL allows.
+const maxFillWords = 1 << 31 / 8
+
+// equal returns the length of the run of equal words, one after the other in the file, that targets begin with.
+// Of more than a FILL's worth it is as much as a FILL takes.
+func (t *transaction) equal(targets []hostOff) int {
+	n, word := 1, t.words[targets[0]]
+	for n < min(len(targets), maxFillWords) && targets[n] == targets[0]+hostOff(n)*8 && t.words[targets[n]] == word {
+		n++
+	}
+	return n
+}
+
+// addWrite adds WRITE records for bytes that may be more than a block takes.
+func (w *ringWriter) addWrite(at uint64, p []byte) {
+	for len(p) > 0 {
+		free := w.room(8)
+		n := min(len(p), (len(free)-recordHeaderSize)&^7)
+		w.add(free, recordWrite, uint32(n), at, p[:n])
+		at, p = at+uint64(n), p[n:]
+	}
 }
 
 // bound is the most blocks that the transaction may need.
 func (t *transaction) bound(blockSize int) uint64 {
 	payload := blockSize - ringHeaderSize - recordHeaderSize - opstateSize
-	bytes := len(t.words)*(recordHeaderSize+8) + len(t.revokes)*recordHeaderSize + 2*recordHeaderSize + opstateSize
+	bytes := len(t.words)*(recordHeaderSize+8) + t.covered*sumBytes + len(t.revokes)*recordHeaderSize + 2*recordHeaderSize + opstateSize
 	return uint64(bytes/payload + 1)
 }

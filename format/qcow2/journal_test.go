@@ -196,3 +196,43 @@ func TestJournalNeedsRoom(t *testing.T) {
 		t.Errorf("open: %v; want a refusal for lack of room", err)
 	}
 }
+
+// The name of the journal's feature is in the header of every image that has room for it: it is what other programs
+// show when they refuse a crashed one.
+func TestJournalIsNamed(t *testing.T) {
+	for _, c := range []struct {
+		cluster int64
+		backed  bool
+		named   bool
+	}{
+		{512, false, false}, {1024, false, true}, {1024, true, false}, {2048, true, false},
+		{4096, false, true}, {4096, true, true}, {65536, false, true}, {65536, true, true},
+	} {
+		cfg := modelConfig{create: CreateOptions{Size: 1 << 20, ClusterSize: c.cluster}}
+		if c.backed {
+			cfg.backing = 1 << 20
+		}
+		w := journalWorld(t, cfg)
+		if _, err := w.im.WriteAt([]byte("x"), 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := w.im.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		h, err := ReadHeader(w.file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		named := false
+		for _, e := range h.Extensions {
+			if e.Type == extFeatureNames {
+				for _, n := range decodeFeatureNames(e.Data) {
+					named = named || n == featureName{featureIncompatible, journalFeatureBit, journalFeatureName}
+				}
+			}
+		}
+		if named != c.named {
+			t.Errorf("clusters of %d bytes, backing file %v: the feature is named: %v, want %v", c.cluster, c.backed, named, c.named)
+		}
+	}
+}

@@ -146,6 +146,7 @@ func (keepOpen) Close() error { return nil }
 func (w *world) open(f fataler) {
 	f.Helper()
 	o := Options{L2CacheSize: w.cfg.cache, RefcountCacheSize: w.cfg.cache, Discard: w.cfg.discard, Discipline: w.cfg.how}
+	o.JournalCommitInterval = -1 // an image that is abandoned, as after a crash, must not write later
 	if w.backing != nil {
 		o.Backing = w.backing
 	}

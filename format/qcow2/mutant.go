@@ -24,6 +24,8 @@ const (
 	MutantSameSession    Mutant = "journal-constant-session"      // every session has the same identity
 	MutantRevokeIgnored  Mutant = "journal-revoke-ignored"        // records of freed tables are replayed
 	MutantOpstateIgnored Mutant = "journal-opstate-ignored"       // recovery does not finish what was under way
+	MutantSumsIgnored    Mutant = "journal-sums-ignored"          // data checksums: recovery does not compare them
+	MutantOverwriteEarly Mutant = "journal-overwrite-early"       // data checksums: data in doubt is overwritten
 	MutantStaleCopied    Mutant = "stale-copied-on-apply"         // an applied tree has the COPIED bits of before
 	MutantInPlaceL1      Mutant = "in-place-l1"                   // a snapshot is applied over the active L1 table
 )
@@ -37,6 +39,7 @@ func Mutants() map[Mutant][]string {
 		MutantDirtyLate: {Lazy}, MutantDirtyEarly: {Lazy}, MutantLazyNoBarrier: {Lazy},
 		MutantNoB1: {Journal}, MutantJournalReuse: {Journal}, MutantNoWAL: {Journal}, MutantNoCheckpointB: {Journal},
 		MutantRingEarly: {Journal}, MutantSameSession: {Journal}, MutantRevokeIgnored: {Journal}, MutantOpstateIgnored: {Journal},
+		MutantSumsIgnored: {Journal}, MutantOverwriteEarly: {Journal},
 		MutantStaleCopied: {Synchronous, Ordered}, MutantInPlaceL1: inPlace,
 	}
 }

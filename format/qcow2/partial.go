@@ -124,6 +124,23 @@ func (p *partial) units(g *geometry) uint64 {
 	return mask
 }
 
+// held reports whether the image is going to hold the piece at off once the cluster is linked, and how many of n bytes
+// the answer holds for. s is what the tables say about them now: a subcluster that the guest did not write stays what
+// they say.
+func (p *partial) held(g *geometry, off guestOff, n int64, s *span) (int64, bool) {
+	if s.kind != kindUnallocated && s.kind != kindZero {
+		return n, true
+	}
+	in := g.inCluster(int64(off))
+	units, unit := p.units(g), in>>g.unitBits
+	held := units>>unit&1 != 0
+	end := unit + 1
+	for end<<g.unitBits < in+n && units>>end&1 != 0 == held {
+		end++
+	}
+	return min(n, end<<g.unitBits-in), held
+}
+
 // newPartial makes the record of a cluster that the guest is about to write a part of.
 func (im *Image) newPartial(at guestOff, old mapping, own bool, run freeRun, zeroSrc bool) *partial {
 	sectors := int(im.geo.clusterSize / sectorSize)

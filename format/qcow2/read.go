@@ -95,10 +95,11 @@ func (im *Image) readSpan(p []byte, off guestOff, s *span) error {
 
 // backed returns how many of n bytes at off the backing device has.
 func (im *Image) backed(off guestOff, n int64) int64 {
-	if im.backing == nil {
+	backing := im.backing.get()
+	if backing == nil {
 		return 0
 	}
-	return max(min(n, im.backing.Size()-int64(off)), 0)
+	return max(min(n, backing.Size()-int64(off)), 0)
 }
 
 func (im *Image) readBacking(p []byte, off guestOff) error {
@@ -107,7 +108,7 @@ func (im *Image) readBacking(p []byte, off guestOff) error {
 	if n == 0 {
 		return nil
 	}
-	if _, err := im.backing.ReadAt(p[:n], int64(off)); err != nil && err != io.EOF {
+	if _, err := im.backing.get().ReadAt(p[:n], int64(off)); err != nil && err != io.EOF {
 		return fmt.Errorf("%s: backing file: %w", im.file.Name(), err)
 	}
 	return nil
@@ -154,7 +155,7 @@ func (im *Image) tryReadHeld(p []byte, off guestOff) error {
 			n := im.backed(off, s.n)
 			clear(p[n:s.n])
 			if n > 0 {
-				err = im.backing.TryReadAt(p[:n], int64(off))
+				err = im.backing.get().TryReadAt(p[:n], int64(off))
 			}
 		default:
 			err = block.ErrWouldBlock

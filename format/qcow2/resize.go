@@ -100,7 +100,7 @@ func (im *Image) prepareGrown(off guestOff, n int64, prealloc block.Preallocatio
 	if prealloc == block.PreallocOff {
 		return nil
 	}
-	if im.backing != nil && !im.geo.extended {
+	if im.backing.get() != nil && !im.geo.extended {
 		return fmt.Errorf("%s: preallocation with a backing file needs extended L2 entries: %w", im.file.Name(), errors.ErrUnsupported)
 	}
 	return im.preallocate(off, n, prealloc)

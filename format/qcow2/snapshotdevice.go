@@ -50,8 +50,8 @@ func (im *Image) SnapshotDevice(idOrName string) (block.Device, error) {
 	}
 	f := &lentFile{File: im.file}
 	o := Options{ReadOnly: true, L2CacheSize: im.opts.L2CacheSize}
-	if im.backing != nil {
-		o.Backing = lentDevice{im.backing}
+	if backing := im.backing.get(); backing != nil {
+		o.Backing = lentDevice{backing}
 	}
 	d := makeImage(f, &h, o)
 	d.useTables(t)

@@ -90,9 +90,6 @@ func (im *Image) alone(what string) (done func(), err error) {
 		im.resizing.Unlock()
 	}
 	err = im.failed()
-	if err == nil && im.geo.dataFile {
-		err = fmt.Errorf("%s: %s: the image has an external data file: %w", im.file.Name(), what, errors.ErrUnsupported)
-	}
 	for _, at := range im.partials.all() {
 		if err == nil {
 			err = im.completePartial(at)
@@ -108,12 +105,20 @@ func (im *Image) alone(what string) (done func(), err error) {
 	return done, nil
 }
 
+// aloneForSnapshot is alone for operations that an image with an external data file has no place for.
+func (im *Image) aloneForSnapshot(what string) (done func(), err error) {
+	if im.geo.dataFile {
+		return nil, fmt.Errorf("%s: %s: the image has an external data file: %w", im.file.Name(), what, errors.ErrUnsupported)
+	}
+	return im.alone(what)
+}
+
 // CreateSnapshot keeps the present contents of the disk as a snapshot, durably. name is at most 65535 bytes and
 // need not be unique; the new snapshot's id is. Requests wait meanwhile. It fails, and changes nothing, where
 // the reference counts of the image are too narrow for one more reference, and on an image with an external
 // data file (errors.ErrUnsupported).
 func (im *Image) CreateSnapshot(name string, o SnapshotOptions) (Snapshot, error) {
-	done, err := im.alone("create a snapshot")
+	done, err := im.aloneForSnapshot("create a snapshot")
 	if err != nil {
 		return Snapshot{}, err
 	}
@@ -228,7 +233,7 @@ func (im *Image) switchSnapshots(list []Snapshot, oldSize int64, after operation
 // meanwhile; of those that lie past the end of a disk that has become smaller, the ones already under way may
 // still be answered. A version 2 image, and one with persistent dirty bitmaps, cannot change its size.
 func (im *Image) ApplySnapshot(idOrName string) error {
-	done, err := im.alone("apply a snapshot")
+	done, err := im.aloneForSnapshot("apply a snapshot")
 	if err != nil {
 		return err
 	}
@@ -258,9 +263,15 @@ func (im *Image) ApplySnapshot(idOrName string) error {
 		return err
 	}
 	p, err := im.raiseTree(t, stale)
-	if err == nil {
-		err = im.discipline.settleCounts()
+	if err != nil {
+		return im.takeBack(t, p, err)
 	}
+	return im.replaceTree(t, p, size)
+}
+
+// replaceTree makes t, which is raised up to p, the active tree of a disk of a size, and gives up the tree that was.
+func (im *Image) replaceTree(t *l1Table, p treePos, size int64) error {
+	err := im.discipline.settleCounts()
 	if err == nil {
 		// The old tree has to be in its place, so that whoever recovers the image after a crash can give it up.
 		err = im.discipline.writeback()
@@ -328,7 +339,7 @@ func (im *Image) activate(t *l1Table, size int64, after operation) error {
 // DeleteSnapshot deletes a snapshot, durably; what only it held becomes free. Requests wait meanwhile. A
 // snapshot that a device from SnapshotDevice shows cannot be deleted (ErrSnapshotInUse).
 func (im *Image) DeleteSnapshot(idOrName string) error {
-	done, err := im.alone("delete a snapshot")
+	done, err := im.aloneForSnapshot("delete a snapshot")
 	if err != nil {
 		return err
 	}

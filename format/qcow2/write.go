@@ -104,6 +104,11 @@ func (im *Image) writeData(p []byte, host hostOff) error {
 			return err
 		}
 	}
+	if im.beforeOverwrite != nil {
+		if err := im.beforeOverwrite(host, int64(len(p))); err != nil {
+			return err
+		}
+	}
 	if _, err := im.data.WriteAt(p, int64(host)); err != nil {
 		return fmt.Errorf("%s: write: %w", im.file.Name(), err)
 	}
@@ -367,7 +372,7 @@ func (im *Image) backingZero(off guestOff, n int64) (bool, error) {
 		return true, nil
 	}
 	zero := true
-	err := im.backing.Extents(int64(off), n, func(e block.Extent) bool {
+	err := im.backing.get().Extents(int64(off), n, func(e block.Extent) bool {
 		zero = e.Zero
 		return zero
 	})

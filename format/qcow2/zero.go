@@ -27,6 +27,30 @@ func (im *Image) WriteZeroes(off, length int64, flags block.ZeroFlags) error {
 	return im.afterChange()
 }
 
+// HoldZeroes is WriteZeroes for zeros that have to stay when something else comes to lie underneath, or when what
+// lies there becomes longer: they are recorded even where the range reads as zeros already. Clusters give their
+// place in the file up.
+func (im *Image) HoldZeroes(off, length int64) error {
+	if err := im.checkChange("write zeroes", off, length); err != nil {
+		return err
+	}
+	from, to := im.wholeUnits(off, length, im.geo.unitSize())
+	end := off + length
+	if im.geo.version < 3 || im.rawData() || from >= to {
+		from, to = end, end
+	}
+	if err := im.writeZeroBytes(guestOff(off), from-off); err != nil {
+		return err
+	}
+	if err := im.zeroUnits(guestOff(from), to-from, zeroOwn); err != nil {
+		return err
+	}
+	if err := im.writeZeroBytes(guestOff(to), end-to); err != nil {
+		return err
+	}
+	return im.afterChange()
+}
+
 // Discard gives up the whole clusters of a range; the last, partial cluster of the disk counts as whole. What
 // the backing file holds does not show through afterwards: the clusters read as zeros, except in version 2
 // images with a backing file, which have no way to say so and keep their contents.
@@ -34,7 +58,7 @@ func (im *Image) Discard(off, length int64) error {
 	if err := im.checkChange("discard", off, length); err != nil {
 		return err
 	}
-	if im.geo.version < 3 && im.backing != nil {
+	if im.geo.version < 3 && im.backing.get() != nil {
 		return nil
 	}
 	g := &im.geo
@@ -54,6 +78,7 @@ type zeroMode uint8
 const (
 	zeroKeep  zeroMode = iota // they stay allocated
 	zeroUnmap                 // they are freed
+	zeroOwn                   // they are freed, and say that they are zeros even where that makes no difference now
 )
 
 // wholeUnits is the part of a range that consists of whole pieces of the given size.
@@ -66,7 +91,7 @@ func (im *Image) wholeUnits(off, length, unit int64) (from, to int64) {
 }
 
 // canZero reports whether L2 entries can say that a cluster reads as zeros.
-func (im *Image) canZero() bool { return im.geo.version >= 3 || im.backing == nil }
+func (im *Image) canZero() bool { return im.geo.version >= 3 || im.backing.get() == nil }
 
 func (im *Image) writeZeroes(off guestOff, length int64, mode zeroMode, fastOnly bool) error {
 	from, to := im.wholeUnits(int64(off), length, im.geo.unitSize())
@@ -125,15 +150,29 @@ func (im *Image) writeOutZeroes(off guestOff, n int64) error {
 			return err
 		}
 		if !zero {
-			buf := bufpool.Get(int(step))
-			clear(buf.B)
-			_, err := im.write(buf.B, off)
-			buf.Put()
-			if err != nil {
+			if err := im.writeZeroBytes(off, step); err != nil {
 				return err
 			}
 		}
 		off, n = off+guestOff(step), n-step
+	}
+	return nil
+}
+
+// writeZeroBytes writes zeros as data.
+func (im *Image) writeZeroBytes(off guestOff, n int64) error {
+	if n <= 0 {
+		return nil
+	}
+	buf := bufpool.Get(int(min(n, 1<<20)))
+	defer buf.Put()
+	clear(buf.B)
+	for n > 0 {
+		p := buf.B[:min(n, int64(len(buf.B)))]
+		if _, err := im.write(p, off); err != nil {
+			return err
+		}
+		off, n = off+guestOff(len(p)), n-int64(len(p))
 	}
 	return nil
 }
@@ -148,13 +187,15 @@ func (im *Image) zeroUnits(off guestOff, n int64, mode zeroMode) error {
 	}
 	for n > 0 {
 		step := min(n, im.exclusiveRoom(off))
-		skip, err := im.zeroAlready(off, n)
-		if err != nil {
-			return err
-		}
-		if skip > 0 {
-			off, n = off+guestOff(skip), n-skip
-			continue
+		if mode != zeroOwn {
+			skip, err := im.zeroAlready(off, n)
+			if err != nil {
+				return err
+			}
+			if skip > 0 {
+				off, n = off+guestOff(skip), n-skip
+				continue
+			}
 		}
 		hold, err := im.lockClusters(off, step)
 		if err != nil {
@@ -214,6 +255,7 @@ func (im *Image) zeroSlice(off guestOff, n int64, mode zeroMode) error {
 	end := off + guestOff(n)
 	var u update
 	var covered []guestOff // whole clusters; what was written on top of them is dropped once they are zeros
+	var unused []guestOff  // clusters of an external data file that nothing is kept in any more
 	for at := start; at < end; at += guestOff(g.clusterSize) {
 		from := max(int64(off), int64(at)) - int64(at)
 		to := min(int64(end)-int64(at), g.clusterSize)
@@ -236,7 +278,9 @@ func (im *Image) zeroSlice(off guestOff, n int64, mode zeroMode) error {
 		}
 		words, freed := im.zeroEntry(old, from, to, mode)
 		u.words = append(u.words, words...)
-		if freed {
+		if freed && g.dataFile && g.hasHost(old) && mode != zeroKeep && im.opts.Discard {
+			unused = append(unused, at)
+		} else if freed {
 			u.releases = append(u.releases, im.releases(old, mode != zeroKeep && im.opts.Discard)...)
 		}
 	}
@@ -250,7 +294,25 @@ func (im *Image) zeroSlice(off guestOff, n int64, mode zeroMode) error {
 	for _, at := range covered {
 		im.abandonPartial(at)
 	}
+	im.punchData(unused)
 	return nil
+}
+
+// punchData gives back the space of clusters of an external data file, which lie there where they lie on the disk.
+// It need not wait until their unlinking is durable: to whoever finds them linked still they read as zeros, as
+// they were asked to. A file that cannot do it keeps the space, which loses nothing.
+func (im *Image) punchData(clusters []guestOff) {
+	size := guestOff(im.geo.clusterSize)
+	for i := 0; i < len(clusters); {
+		j := i + 1
+		for j < len(clusters) && clusters[j] == clusters[j-1]+size {
+			j++
+		}
+		if im.data.PunchHole(int64(clusters[i]), int64(j-i)*int64(size)) == nil {
+			im.wrote()
+		}
+		i = j
+	}
 }
 
 // zeroPart prepares a cluster for zeroing some of its subclusters by their bits: what is written on top of it
@@ -276,7 +338,7 @@ func (im *Image) zeroPart(part *partial, at guestOff, from, to int64) error {
 func (im *Image) zeroEntry(old mapping, from, to int64, mode zeroMode) (words []uint64, freed bool) {
 	g := &im.geo
 	unallocated := old.entry&^entryCopied == 0 && old.bitmap == 0
-	if im.backing == nil && unallocated && !g.dataFile {
+	if im.backing.get() == nil && unallocated && !g.dataFile && mode != zeroOwn {
 		return append([]uint64{uint64(old.entry)}, make([]uint64, g.entryWords-1)...), false
 	}
 	if !g.extended {
