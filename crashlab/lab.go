@@ -113,11 +113,12 @@ func (l *Lab) PowerOff() {
 	l.off = true
 }
 
-// Note adds a mark of the caller's to the history.
-func (l *Lab) Note(text string, promise bool) {
+// Note adds a mark of the caller's to the history and returns the number of its event: a State whose Event is
+// not smaller is of a crash after it.
+func (l *Lab) Note(text string, promise bool) int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.mark(text, promise)
+	return l.mark(text, promise)
 }
 
 // mark appends a mark and returns its event number. l.mu is held.

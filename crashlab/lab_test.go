@@ -472,6 +472,73 @@ func TestSampling(t *testing.T) {
 	}
 }
 
+// TestRandomCrashes looks for the shapes that few states of a long history must have, and orders them by marks.
+func TestRandomCrashes(t *testing.T) {
+	l, files := newLab(t, FileSpec{Size: 4096})
+	var marks []int
+	for i := range 50 {
+		put(t, files[0], int64(i)*4096, 4096, byte(i+1)) // grows the file
+		if i%10 == 9 {
+			must(t, files[0].Sync())
+			marks = append(marks, l.Note("synced", true))
+		}
+	}
+	run := func(n int, seed uint64) (states []*State) {
+		seq, err := l.RandomCrashes(Model{Tear: 512}, n, seed)
+		must(t, err)
+		for st := range seq {
+			states = append(states, st)
+		}
+		return states
+	}
+	states := run(200, 3)
+	if len(states) != 200 {
+		t.Fatalf("%d states, want 200", len(states))
+	}
+	torn, all, cut := 0, 0, 0
+	again := run(200, 3)
+	for i, st := range states {
+		if i > 0 && st.Event() < states[i-1].Event() {
+			t.Errorf("state %d is of event %d, after one of event %d", i, st.Event(), states[i-1].Event())
+		}
+		f := st.Files()[0]
+		if image(f) != image(again[i].Files()[0]) {
+			t.Errorf("state %d differs when it is drawn again", i)
+		}
+		size, err := f.Size()
+		must(t, err)
+		for k, mark := range marks { // what was synced before the mark is there
+			buf := make([]byte, 4096)
+			off := int64(10*k+9) * 4096
+			if mark > st.Event() {
+				break
+			}
+			if _, err := f.ReadAt(buf, off); err != nil || !bytes.Equal(buf, bytes.Repeat([]byte{byte(10*k + 10)}, 4096)) {
+				t.Errorf("state %d, of event %d, lost what was durable at event %d: %v", i, st.Event(), mark, err)
+			}
+		}
+		crash := st.Describe()
+		if crash.Torn > 0 {
+			torn++
+		}
+		if crash.Lost == 0 && crash.Torn == 0 {
+			all++
+		}
+		if crash.Lost > 0 && size%(10*4096) == 0 {
+			cut++
+		}
+	}
+	if torn < 20 || all < 10 || cut < 10 {
+		t.Errorf("of 200 states %d have torn operations, %d lost nothing, %d lost the growth of the file: want some of each", torn, all, cut)
+	}
+	if other := run(200, 4); slices.EqualFunc(states, other, func(a, b *State) bool { return a.Event() == b.Event() }) {
+		t.Error("another seed crashed at the same points")
+	}
+	if _, err := l.RandomCrashes(Model{Tear: 1000}, 1, 1); err == nil {
+		t.Error("a tear of 1000 bytes was accepted")
+	}
+}
+
 func TestRunawayIsStopped(t *testing.T) {
 	l, files := newLab(t, FileSpec{})
 	l.ops = make([]*op, maxOps)

@@ -41,6 +41,15 @@ func newSampler(s *space, rng *rand.Rand, few bool) *sampler {
 	return sm
 }
 
+// skip makes the next sample any of those that might have come later: a quarter corners, the others single
+// operations and random ones alike.
+func (sm *sampler) skip() {
+	sm.n = sm.rng.IntN(4 * corners)
+	if len(sm.fates) > 0 {
+		sm.one = sm.rng.IntN(2 * len(sm.fates))
+	}
+}
+
 // draw fills picks with the next sample, in canonical form.
 func (sm *sampler) draw(picks []pick) {
 	n := sm.n

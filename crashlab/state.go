@@ -17,6 +17,9 @@ type State struct {
 	sites *siteTable
 }
 
+// Event is the number of the event of the history that the crash came after; -1: before the first.
+func (st *State) Event() int { return st.space.at.event }
+
 // Lab returns a new lab whose files hold the state, with an empty history.
 func (st *State) Lab() *Lab {
 	l := &Lab{sites: st.sites}
@@ -178,5 +181,44 @@ func (l *Lab) Crashes(m Model, budget int, seed uint64) (iter.Seq[*State], error
 	h := l.history()
 	return func(yield func(*State) bool) {
 		h.crashes(m, budget, seed, l.sites, yield)
+	}, nil
+}
+
+// RandomCrashes returns n crash states of what the lab has recorded so far, in the order of the history, each at a
+// point of its own drawing and of a shape of its own: a corner, a single operation, torn ones, any subset. Where
+// the states that one can afford are fewer than the points, Crashes would show corners alone. One state may
+// come twice. They follow from the history, the model, n and the seed alone.
+func (l *Lab) RandomCrashes(m Model, n int, seed uint64) (iter.Seq[*State], error) {
+	if err := m.validate(); err != nil {
+		return nil, err
+	}
+	h := l.history()
+	return func(yield func(*State) bool) {
+		points := 0
+		for cur, more := newCursor(h, m), true; more; {
+			if _, more = cur.advance(); more {
+				points++
+			}
+		}
+		rng := rand.New(rand.NewPCG(seed, uint64(n)))
+		turns := make([]int, n)
+		for i := range turns {
+			turns[i] = rng.IntN(points)
+		}
+		slices.Sort(turns)
+		cur := newCursor(h, m)
+		for point := 0; len(turns) > 0; point++ {
+			at, _ := cur.advance()
+			for ; len(turns) > 0 && turns[0] == point; turns = turns[1:] {
+				s := cur.space(at)
+				picks := make([]pick, s.picks)
+				sm := newSampler(s, rng, false)
+				sm.skip()
+				sm.draw(picks)
+				if !yield(&State{h: h, space: s, picks: picks, sites: l.sites}) {
+					return
+				}
+			}
+		}
 	}, nil
 }

@@ -9,7 +9,7 @@ wants=(
 	qemu-system-x86_64:qemu-system-x86
 	nbdinfo:libnbd-bin nbdcopy:libnbd-bin
 	nbdkit:nbdkit fio:fio strace:strace
-	busybox:busybox-static mke2fs:e2fsprogs e2fsck:e2fsprogs
+	busybox:busybox-static mke2fs:e2fsprogs e2fsck:e2fsprogs debugfs:e2fsprogs
 	gcc:gcc xz:xz-utils
 )
 PATH=$PATH:/usr/sbin:/sbin

@@ -7,4 +7,7 @@
 //
 //	PLATTER_BINARY        absolute path of the program to test; empty builds ./cmd/platter
 //	PLATTER_KILL_ROUNDS   how often TestKill kills the server in the middle of writes (default 10)
+//	PLATTER_GUEST_ROUNDS  how often TestGuestKill kills the server under a guest, for each discipline (default 2)
+//	PLATTER_GUEST_STATES  how many crash states of recorded guests are judged, for each discipline (default 4)
+//	PLATTER_GUEST_SEED    seed of the first of those guests (default 1), to repeat one that failed
 package e2e
