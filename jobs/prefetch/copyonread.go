@@ -22,7 +22,8 @@ const (
 // CopyOnReadOptions says what a CopyOnRead does.
 type CopyOnReadOptions struct {
 	// MaxOutstanding: a copy is kept only if less than that many bytes of copies are under way; 0: the
-	// default. What is over the limit is read for the guest and not kept.
+	// default. What is over the limit is read for the guest and not kept. Negative: nothing is kept, reads are
+	// counted and recorded.
 	MaxOutstanding int64
 	// Recorder notes what the guest reads of the part that the base image covers; may be nil.
 	Recorder *Recorder
@@ -32,9 +33,10 @@ type CopyOnReadOptions struct {
 
 // CopyOnReadStats counts bytes.
 type CopyOnReadStats struct {
-	BaseRead int64 // read from the base image for the guest
-	Kept     int64 // of those kept
-	Dropped  int64 // not kept: over the limit, or no longer in the base
+	BaseRead int64  `json:"base_read"`       // read from the base image for the guest, in whole blocks where they are kept
+	Kept     int64  `json:"kept"`            // of those kept
+	Dropped  int64  `json:"dropped"`         // not kept: over the limit, or no longer in the base
+	Error    string `json:"error,omitempty"` // why copies are not kept any more
 }
 
 // CopyOnRead is an Overlay that keeps what its guest reads from the base image. The guest's read is answered first.
@@ -43,26 +45,21 @@ type CopyOnRead struct {
 	o CopyOnReadOptions
 
 	outstanding, baseRead, kept, dropped atomic.Int64
-	broken                               atomic.Bool
+	broken                               atomic.Pointer[error]
 
-	copies chan copyTask
-	mu     sync.RWMutex // closing copies against those who send
-	closed bool
-	done   sync.WaitGroup
-}
-
-// copyTask is what was read and is to be kept.
-type copyTask struct {
-	buf *bufpool.Buffer
-	off int64
+	flights flights
+	copies  chan *flight
+	mu      sync.RWMutex // closing copies against those who send
+	closed  bool
+	done    sync.WaitGroup
 }
 
 // NewCopyOnRead wraps an overlay. Closing it closes the overlay.
 func NewCopyOnRead(over Overlay, o CopyOnReadOptions) *CopyOnRead {
-	if o.MaxOutstanding <= 0 {
+	if o.MaxOutstanding == 0 {
 		o.MaxOutstanding = DefaultMaxOutstanding
 	}
-	c := &CopyOnRead{Overlay: over, o: o, copies: make(chan copyTask, copyQueue)}
+	c := &CopyOnRead{Overlay: over, o: o, copies: make(chan *flight, copyQueue)}
 	for range copyWorkers {
 		c.done.Go(c.keep)
 	}
@@ -71,7 +68,11 @@ func NewCopyOnRead(over Overlay, o CopyOnReadOptions) *CopyOnRead {
 
 // Stats returns the counts so far.
 func (c *CopyOnRead) Stats() CopyOnReadStats {
-	return CopyOnReadStats{c.baseRead.Load(), c.kept.Load(), c.dropped.Load()}
+	s := CopyOnReadStats{BaseRead: c.baseRead.Load(), Kept: c.kept.Load(), Dropped: c.dropped.Load()}
+	if err := c.broken.Load(); err != nil {
+		s.Error = (*err).Error()
+	}
+	return s
 }
 
 // nextInBase is the first run of [off, end) that lives in the base image; n is 0 if there is none.
@@ -93,21 +94,24 @@ func (c *CopyOnRead) ReadAt(p []byte, off int64) (int, error) {
 	}
 	c.touch(off, len(p))
 	end := min(off+int64(len(p)), c.Size())
-	at := off
-	for at < end {
+	for at := off; at < end; {
 		start, n := c.nextInBase(at, end)
 		if at < start {
 			if _, err := c.Overlay.ReadAt(p[at-off:start-off], at); err != nil {
 				return int(at - off), err
 			}
 		}
-		n = min(n, maxSpan)
-		if n > 0 {
-			if err := c.readBase(p[start-off:start-off+n], start); err != nil {
-				return int(start - off), err
+		at = start
+		for n = min(n, maxSpan); n > 0; {
+			done, err := c.readBase(p[at-off:at-off+n], at)
+			if err != nil {
+				return int(at - off), err
 			}
+			if done == 0 { // look again
+				break
+			}
+			at, n = at+done, n-done
 		}
-		at = start + n
 	}
 	if end-off < int64(len(p)) {
 		return int(end - off), io.EOF
@@ -132,69 +136,153 @@ func (c *CopyOnRead) touch(off int64, n int) {
 	}
 }
 
-// readBase answers a read from the base image, reading whole blocks, and hands them to be kept.
-func (c *CopyOnRead) readBase(p []byte, off int64) error {
+// buffer is a buffer for another copy of n bytes; nil if none may be begun now.
+func (c *CopyOnRead) buffer(unit int64) func(n int64) *bufpool.Buffer {
+	if c.o.MaxOutstanding < 0 || c.broken.Load() != nil || c.outstanding.Load() >= max(c.o.MaxOutstanding, unit) {
+		return nil
+	}
+	return func(n int64) *bufpool.Buffer { return bufpool.Get(int(n)) }
+}
+
+// readBase answers the first part of a read from the base image, reading whole blocks, and hands them to be kept.
+// It returns how many bytes it read; none if the disk may have them by now.
+func (c *CopyOnRead) readBase(p []byte, off int64) (int64, error) {
 	unit, base := c.CopyUnit(), c.BaseSize()
 	from, end := off/unit*unit, off+int64(len(p))
 	if rest := end % unit; rest > 0 {
 		end = min(end+unit-rest, max(base, end))
 	}
-	if base == 0 || c.broken.Load() || end-from > 2*maxSpan || c.outstanding.Load() >= max(c.o.MaxOutstanding, unit) {
-		if base > 0 {
-			c.baseRead.Add(int64(len(p)))
-			c.dropped.Add(int64(len(p)))
-		}
-		_, err := c.Overlay.ReadAt(p, off)
-		return err
+	mine := c.buffer(unit)
+	if base == 0 || end-from > 2*maxSpan {
+		mine = nil
 	}
-	buf := bufpool.Get(int(end - from))
-	if err := c.ReadBase(buf.B, from); err != nil {
-		buf.Put()
-		if c.BaseSize() == 0 { // detached meanwhile: the disk has it all
-			_, err = c.Overlay.ReadAt(p, off)
-		}
-		return err
+	f, joined := c.flights.enter(from, end, mine)
+	switch {
+	case f == nil:
+		return c.readPlain(p, off)
+	case joined:
+		return c.readJoined(f, p, off)
 	}
-	c.baseRead.Add(end - from)
-	copy(p, buf.B[off-from:])
-	c.hand(copyTask{buf, from})
-	return nil
+	n := min(f.end, off+int64(len(p))) - off
+	if n <= 0 { // another flight begins between the start of the block and what is wanted
+		f.failed = true
+	} else if err := c.ReadBase(f.buf.B, f.off); err != nil {
+		// It was detached meanwhile, or more was asked of it than the guest wants.
+		f.failed = true
+	}
+	close(f.ready)
+	if f.failed {
+		c.flights.end(f)
+		return c.readPlain(p, off)
+	}
+	c.baseRead.Add(f.end - f.off)
+	copy(p[:n], f.buf.B[off-f.off:])
+	c.hand(f)
+	return n, nil
 }
 
-// hand passes a task on, or drops it if the workers do not keep up.
-func (c *CopyOnRead) hand(t copyTask) {
-	n := int64(len(t.buf.B))
+// readPlain answers a read that is not kept.
+func (c *CopyOnRead) readPlain(p []byte, off int64) (int64, error) {
+	_, err := c.Overlay.ReadAt(p, off)
+	if err == nil && c.BaseSize() > 0 {
+		c.baseRead.Add(int64(len(p)))
+		c.dropped.Add(int64(len(p)))
+	}
+	return int64(len(p)), err
+}
+
+// readJoined answers the first part of a read from what somebody else is fetching.
+func (c *CopyOnRead) readJoined(f *flight, p []byte, off int64) (int64, error) {
+	defer c.flights.release(f)
+	<-f.ready
+	n := min(f.end-off, int64(len(p)))
+	switch {
+	case f.failed || n <= 0:
+		return c.readPlain(p, off)
+	case f.buf != nil:
+		copy(p[:n], f.buf.B[off-f.off:])
+		return n, nil
+	}
+	if start, left := c.nextInBase(off, off+n); left == 0 || start > off {
+		return 0, nil // it is in the disk
+	}
+	return c.readPlain(p, off)
+}
+
+// Announce tells that [off, off+n) of the base image is about to be fetched and kept by others: reads wait for
+// that rather than ask for the same bytes. finished must be called when it is done or given up. ok is false if
+// some of it is being fetched already.
+func (c *CopyOnRead) Announce(off, n int64) (finished func(), ok bool) {
+	f, ok := c.flights.announce(off, off+n)
+	if !ok {
+		return nil, false
+	}
+	return func() {
+		close(f.ready)
+		c.flights.end(f)
+	}, true
+}
+
+// WriteAt implements block.Device.
+func (c *CopyOnRead) WriteAt(p []byte, off int64) (int, error) {
+	defer c.flights.changed(off, int64(len(p)))
+	return c.Overlay.WriteAt(p, off)
+}
+
+// WriteCompressed implements block.Device.
+func (c *CopyOnRead) WriteCompressed(p []byte, off int64) error {
+	defer c.flights.changed(off, int64(len(p)))
+	return c.Overlay.WriteCompressed(p, off)
+}
+
+// WriteZeroes implements block.Device.
+func (c *CopyOnRead) WriteZeroes(off, n int64, flags block.ZeroFlags) error {
+	defer c.flights.changed(off, n)
+	return c.Overlay.WriteZeroes(off, n, flags)
+}
+
+// Discard implements block.Device.
+func (c *CopyOnRead) Discard(off, n int64) error {
+	defer c.flights.changed(off, n)
+	return c.Overlay.Discard(off, n)
+}
+
+// hand passes a flight on to be kept, or drops it if the workers do not keep up.
+func (c *CopyOnRead) hand(f *flight) {
+	n := f.end - f.off
 	c.outstanding.Add(n)
 	c.mu.RLock()
 	defer c.mu.RUnlock()
 	if !c.closed {
 		select {
-		case c.copies <- t:
+		case c.copies <- f:
 			return
 		default:
 		}
 	}
 	c.outstanding.Add(-n)
 	c.dropped.Add(n)
-	t.buf.Put()
+	c.flights.end(f)
 }
 
 // keep stores copies until Close.
 func (c *CopyOnRead) keep() {
-	for t := range c.copies {
-		n := int64(len(t.buf.B))
+	for f := range c.copies {
+		n := f.end - f.off
 		var kept int64
-		if !c.broken.Load() {
+		if c.broken.Load() == nil {
 			var err error
-			kept, err = c.Populate(t.buf.B, t.off)
-			if err != nil && !c.broken.Swap(true) && c.o.Failed != nil {
-				c.o.Failed(fmt.Errorf("copy-on-read is off: %w", err))
+			if kept, err = c.Populate(f.buf.B, f.off); err != nil {
+				err = fmt.Errorf("copy-on-read is off: %w", err)
+				if c.broken.CompareAndSwap(nil, &err) && c.o.Failed != nil {
+					c.o.Failed(err)
+				}
 			}
 		}
 		c.kept.Add(kept)
 		c.dropped.Add(n - kept)
 		c.outstanding.Add(-n)
-		t.buf.Put()
+		c.flights.end(f)
 	}
 }
 

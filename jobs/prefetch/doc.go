@@ -10,6 +10,9 @@
 //	                  |
 //	        fvd.Image, or Guarded over any block.Device with a backing image
 //
+// What is on its way from the base image is not asked for twice: a read joins the fetch that is under way. A base image
+// that fails is tried again; a disk that fails ends the copying, never the guest's requests.
+//
 // Copies are soft: the guest has no claim on them, a crash may lose them, and the base image still holds the same
 // bytes. FVD keeps copies without making each durable; other formats store them like any write.
 //

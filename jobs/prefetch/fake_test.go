@@ -1,6 +1,7 @@
 package prefetch
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -55,6 +56,9 @@ type layered struct {
 	baseReads  []Run  // in order
 	flushes    int
 	failWrites error
+	failBase   error // of reads of the base and of asking it where things live
+	asked      int   // how often it was asked
+	holes      bool  // zeros of the base show as holes, in whole units
 	closed     bool
 	beforeRead func() // called before the base is read; nil: nothing
 }
@@ -74,6 +78,11 @@ func (d *layered) ReadAt(p []byte, off int64) (int, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	n := int(min(int64(len(p)), max(0, int64(len(d.base))-off)))
+	for u := off / d.unit; d.failBase != nil && u*d.unit < off+int64(n); u++ {
+		if !d.ours[u] {
+			return 0, d.failBase
+		}
+	}
 	for i := range p[:n] {
 		at := off + int64(i)
 		if d.ours[at/d.unit] {
@@ -130,12 +139,19 @@ func (d *layered) Flush() error {
 func (d *layered) Extents(off, n int64, fn func(block.Extent) bool) error {
 	for end := off + n; off < end; {
 		d.mu.Lock()
-		ours := d.ours[off/d.unit]
+		ours, err := d.ours[off/d.unit], d.failBase
 		d.mu.Unlock()
 		length := min(d.unit-off%d.unit, end-off)
 		e := block.Extent{Offset: off, Length: length, Allocated: true, Data: true}
 		if !ours {
+			d.mu.Lock()
+			d.asked++
+			d.mu.Unlock()
+			if err != nil {
+				return err
+			}
 			e.Depth = 1
+			e.Zero = d.holes && bytes.Count(d.base[off:off+length], []byte{0}) == int(length)
 		}
 		if !fn(e) {
 			return nil
@@ -152,6 +168,13 @@ func (d *layered) Limits() block.Limits                    { return block.Limits
 func (d *layered) Close() error {
 	d.closed = true
 	return nil
+}
+
+// breakBase makes the base fail from now on; nil: work again.
+func (d *layered) breakBase(err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.failBase = err
 }
 
 // inBase is how many bytes still live in the base.

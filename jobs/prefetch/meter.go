@@ -64,20 +64,16 @@ type pacer struct {
 	next time.Time // when the next operation may begin
 }
 
-// delay is how long an operation that wants to begin now must wait.
-func (p *pacer) delay(now time.Time) time.Duration {
+// reserve admits an operation of that many bytes and returns how long it must wait before it begins. Time that was
+// not used is not saved up.
+func (p *pacer) reserve(now time.Time, bytes int64) (wait time.Duration) {
 	if p.rate <= 0 {
 		return 0
 	}
-	return max(0, p.next.Sub(now))
-}
-
-// took notes that an operation of that many bytes began at start. Time that was not used is not saved up.
-func (p *pacer) took(start time.Time, bytes int64) {
-	if p.rate > 0 {
-		if p.next.Before(start) {
-			p.next = start
-		}
-		p.next = p.next.Add(time.Duration(float64(bytes) / p.rate * float64(time.Second)))
+	if p.next.Before(now) {
+		p.next = now
 	}
+	wait = p.next.Sub(now)
+	p.next = p.next.Add(time.Duration(float64(bytes) / p.rate * float64(time.Second)))
+	return wait
 }

@@ -50,17 +50,25 @@ func TestMeter(t *testing.T) {
 func TestPacer(t *testing.T) {
 	p := pacer{rate: 1000}
 	now := time.Unix(0, 0)
-	p.took(now, 500)
-	if d := p.delay(now); d != 500*time.Millisecond {
-		t.Errorf("delay is %v", d)
+	for i, step := range []struct {
+		passed time.Duration
+		bytes  int64
+		wait   time.Duration
+	}{
+		{0, 500, 0},
+		{0, 100, 500 * time.Millisecond},
+		{0, 100, 600 * time.Millisecond},
+		{650 * time.Millisecond, 0, 50 * time.Millisecond},
+		{10 * time.Second, 1000, 0}, // the time that passed is not saved up
+		{0, 1, time.Second},
+	} {
+		now = now.Add(step.passed)
+		if d := p.reserve(now, step.bytes); d != step.wait {
+			t.Errorf("step %d: wait %v, want %v", i, d, step.wait)
+		}
 	}
-	now = now.Add(10 * time.Second)
-	if d := p.delay(now); d != 0 {
-		t.Errorf("after a long time: %v", d)
-	}
-	p.took(now, 1000) // the time that passed is not saved up
-	if d := p.delay(now); d != time.Second {
-		t.Errorf("delay is %v", d)
+	if d := (&pacer{}).reserve(now, 1<<40); d != 0 {
+		t.Errorf("without a rate: %v", d)
 	}
 }
 
@@ -161,10 +169,11 @@ func TestOrder(t *testing.T) {
 	clock := newFakeClock()
 	p := New(slow{Guard(d, GuardedOptions{BaseSize: d.Size()}), clock, 1e9, 1e9, &order}, Options{
 		PerPrefetch: 65536, Clock: clock,
-		Order: Profile{{Offset: 600_000, Length: 100_000}, {Offset: 5, Length: 10}, {Offset: 1 << 40, Length: 5}, {Offset: -3, Length: 1}},
+		OrderReads: 1, Order: Profile{{Offset: 600_000, Length: 100_000}, {Offset: 5, Length: 10}, {Offset: 1 << 40, Length: 5}, {Offset: -3, Length: 1}},
 	})
 	must(t, p.Run(context.Background()))
-	if len(order) < 3 || order[0] != 589824 || order[1] != 655360 || order[2] != 0 {
+	// The first run is one read of two units.
+	if len(order) < 3 || order[0] != 589824 || order[1] != 0 || order[2] != 65536 || len(order) != 15 {
 		t.Fatalf("order: %v", order)
 	}
 	seen := map[int64]bool{}
@@ -220,6 +229,34 @@ func TestPauseAndStop(t *testing.T) {
 	must(t, again.Run(context.Background()))
 	if s := again.Status(); s.Read != left {
 		t.Errorf("the second run read %d bytes, %d were left", s.Read, left)
+	}
+}
+
+// TestResumeEndsWaiting: Resume starts it before its delay is over, and Pause holds it before it began.
+func TestResumeEndsWaiting(t *testing.T) {
+	defer goleak.VerifyNone(t)
+	d := newLayered(1<<20, 65536)
+	p := New(Guard(d, GuardedOptions{BaseSize: d.Size()}), Options{StartDelay: time.Hour})
+	if s := p.Status(); s.State != StateWaiting || s.Remaining != d.Size() {
+		t.Errorf("status: %+v", s)
+	}
+	p.Pause()
+	if s := p.Status(); s.State != StateStopped {
+		t.Errorf("status: %+v", s)
+	}
+	done := make(chan error)
+	go func() { done <- p.Run(t.Context()) }()
+	for {
+		p.Resume()
+		select {
+		case err := <-done:
+			must(t, err)
+			if s := p.Status(); s.State != StateDone {
+				t.Errorf("status: %+v", s)
+			}
+			return
+		case <-time.After(time.Millisecond):
+		}
 	}
 }
 

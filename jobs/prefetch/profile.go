@@ -13,6 +13,8 @@ const (
 	profileHead = "platter prefetch profile 1" // the first line of a stored profile
 	maxRuns     = 1 << 20                      // runs in a profile
 	recordUnit  = 64 << 10                     // bytes: what is touched is noted in such units
+	maxLine     = 64                           // bytes of a line
+	maxSeen     = 1 << 26                      // units: 4 TiB of a disk
 )
 
 // Run is a part of a disk, in bytes.
@@ -49,6 +51,7 @@ func (c *countingWriter) Write(p []byte) (int, error) {
 // when the profile is used.
 func ReadProfile(r io.Reader) (Profile, error) {
 	s := bufio.NewScanner(r)
+	s.Buffer(nil, maxLine)
 	if !s.Scan() || s.Text() != profileHead {
 		return nil, fmt.Errorf("prefetch profile: line 1 is %.40q, want %q", s.Text(), profileHead)
 	}
@@ -72,7 +75,7 @@ func ReadProfile(r io.Reader) (Profile, error) {
 }
 
 // Recorder notes which parts of a disk are touched for the first time, in order. Safe for concurrent use. Its
-// memory is bounded: a bit for every 64 KiB of the disk, and a million runs.
+// memory is bounded: a bit for every 64 KiB of the first 4 TiB of the disk, and a million runs.
 type Recorder struct {
 	mu   sync.Mutex
 	seen []uint64
@@ -81,7 +84,7 @@ type Recorder struct {
 
 // NewRecorder records touches below size bytes.
 func NewRecorder(size int64) *Recorder {
-	return &Recorder{seen: make([]uint64, (size/recordUnit+64)/64)}
+	return &Recorder{seen: make([]uint64, (min(size/recordUnit, maxSeen-1)+64)/64)}
 }
 
 // Touch notes a read of [off, off+n).

@@ -18,7 +18,8 @@ const (
 	EventSample EventKind = "sample" // the averages moved
 	EventPause  EventKind = "pause"  // prefetching pauses for Wait
 	EventResume EventKind = "resume"
-	EventDone   EventKind = "done" // the base image is not needed any more
+	EventRetry  EventKind = "retry" // the base image could not be read, and is tried again after Wait
+	EventDone   EventKind = "done"  // the base image is not needed any more
 	EventFailed EventKind = "failed"
 )
 
@@ -32,6 +33,7 @@ type Event struct {
 	ReadAverage  float64       // bytes a second; negative: not measured
 	WriteAverage float64
 	Wait         time.Duration
+	Err          error // why it failed, or must try again
 }
 
 // Trace writes events as comma-separated values: seconds since the first event, kind, offset, bytes, seconds the
