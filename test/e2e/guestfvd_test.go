@@ -197,7 +197,7 @@ func TestGuestFVD(t *testing.T) {
 	f := startFVD(t, savedMachine(t, tm.raw), tm, "buffered", firstSeed(t))
 	f.listen(t, 1)
 	testenv.Run(t, platter(t), "prefetch", "--control", f.control, "pause")
-	if status := testenv.Run(t, platter(t), "prefetch", "--control", f.control, "status"); !strings.Contains(status, "paused") {
+	if status := testenv.Run(t, platter(t), "prefetch", "--control", f.control, "status"); !strings.Contains(status, "prefetching:   stopped") {
 		t.Errorf("prefetching was told to pause; its status is\n%s", status)
 	}
 	testenv.Run(t, platter(t), "prefetch", "--control", f.control, "resume")
