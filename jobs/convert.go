@@ -78,12 +78,16 @@ func Convert(ctx context.Context, src, dst block.Device, o ConvertOptions) error
 	if err != nil {
 		return err
 	}
-	if o.Progress != nil {
+	return c.run(ctx)
+}
+
+func (c *conversion) run(ctx context.Context) error {
+	if c.o.Progress != nil {
 		total, err := c.dataBytes(ctx)
 		if err != nil {
 			return err
 		}
-		c.progress = newProgress(o.Progress, total)
+		c.progress = newProgress(c.o.Progress, total)
 	}
 	group, ctx := errgroup.WithContext(ctx)
 	work := make(chan window)
@@ -97,7 +101,7 @@ func Convert(ctx context.Context, src, dst block.Device, o ConvertOptions) error
 	if err := group.Wait(); err != nil {
 		return err
 	}
-	if err := dst.Flush(); err != nil {
+	if err := c.dst.Flush(); err != nil {
 		return fmt.Errorf("flush of the target: %w", err)
 	}
 	c.progress.finish()

@@ -1,4 +1,5 @@
-// Package jobs is whole-disk work on virtual disks: copying one to another, comparing two, joining several.
+// Package jobs is whole-disk work on virtual disks: copying one to another, comparing two, joining several, and
+// moving data between the layers of a backing chain (Commit down into it, Rebase up out of it).
 //
 // A job sees only block.Devices. It asks the source what is where (Device.Extents), so that it never reads
 // what is known to be zero; it moves the rest in windows of a few MiB, several at a time, each in a pooled

@@ -68,6 +68,36 @@ func (a *allocator) setFree(id chunkID) {
 	}
 }
 
+// adoptFree makes the complement of used, which has a bit a chunk below next, the free set. It takes the slice over.
+func (a *allocator) adoptFree(used []uint64) {
+	for i := range used {
+		used[i] = ^used[i]
+	}
+	if rest := a.next & 63; rest > 0 {
+		used[len(used)-1] &= 1<<rest - 1
+	}
+	first, last := a.m.reservedChunks()
+	for id := first; id < min(last, int64(a.next)); id++ {
+		used[id>>6] &^= 1 << (id & 63)
+	}
+	a.free, a.freeCount = used, 0
+	for _, w := range used {
+		a.freeCount += bits.OnesCount64(w)
+	}
+}
+
+// punchFree gives the space of the free chunks back, as far as the storage does that.
+func (a *allocator) punchFree() {
+	free := bitset{words: a.free, n: blockIndex(a.next)}
+	for id := blockIndex(0); id < free.n; {
+		n, isFree := free.run(id, free.n)
+		if isFree && a.m.data.punch(a.m.g.chunkData(chunkID(id)), int64(n)*a.m.g.chunkSize) != nil {
+			return // they are zeroed when they are used again: at worst that is a leak
+		}
+		id += n
+	}
+}
+
 // take returns a chunk; the caller holds mu and enters it into the table.
 func (a *allocator) take() (chunkID, error) {
 	for {
@@ -126,26 +156,22 @@ func (a *allocator) retire(ids []chunkID) {
 
 // reclaim moves chunks along the way from quarantine to clean, as far as they are due, without a barrier.
 func (a *allocator) reclaim() {
-	a.punched = slices.DeleteFunc(a.punched, func(r retired) bool {
-		ok := a.m.dataSync.reached(r.tag)
-		if ok {
-			a.clean = append(a.clean, r.id)
-		}
-		return ok
-	})
+	// Both lists are in the order of tags and ages: who finds the first chunk not due looks no further.
+	for len(a.punched) > 0 && a.m.dataSync.reached(a.punched[0].tag) {
+		a.clean = append(a.clean, a.punched[0].id)
+		a.punched = a.punched[1:]
+	}
 	if len(a.quarantine) == 0 || a.frozen > 0 {
 		return
 	}
 	a.m.guard.advance()
 	age := a.m.guard.advance()
-	due := a.quarantine[:0:0]
-	a.quarantine = slices.DeleteFunc(a.quarantine, func(r retired) bool {
-		ok := a.m.metaSync.reached(r.tag) && age >= r.age+2
-		if ok {
-			due = append(due, r)
-		}
-		return ok
-	})
+	n := 0
+	for n < len(a.quarantine) && a.m.metaSync.reached(a.quarantine[n].tag) && age >= a.quarantine[n].age+2 {
+		n++
+	}
+	due := a.quarantine[:n:n]
+	a.quarantine = a.quarantine[n:]
 	a.punch(due)
 }
 
@@ -337,7 +363,7 @@ func (a *allocator) enlarge() (int64, error) {
 		if err == nil {
 			return int64(a.limit) + try, nil
 		}
-		if try > 1 && errors.Is(err, syscall.ENOSPC) {
+		if try > 1 {
 			continue
 		}
 		if a.grow == nil {

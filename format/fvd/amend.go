@@ -86,7 +86,8 @@ func (f *field) set(value string) error {
 // Amend changes header fields of an image that nobody has open and that was closed cleanly; only clean_shutdown can
 // be set on one that was not, at the operator's risk and if it has no journal. A change of the base image's name
 // does not touch any data: the caller answers for the new one holding the same bytes. It clears the journal
-// first, so that no record of the old base's days is ever replayed (D-16).
+// first, so that no record of the old base's days is ever replayed (D-16). A crash leaves the old header or the new
+// one.
 func Amend(f storage.File, settings []Setting) error {
 	h, err := ReadHeader(f)
 	if err != nil {
@@ -133,19 +134,15 @@ func amend(f storage.File, h *Header, settings []Setting) error {
 	if err := h.validate(size); err != nil {
 		return err
 	}
+	if err := finishHeader(f); err != nil {
+		return err
+	}
 	if h.BaseImage != old.BaseImage {
 		if err := scrubJournal(f, &old); err != nil {
 			return err
 		}
 	}
-	b, err := h.encode()
-	if err != nil {
-		return err
-	}
-	if _, err := f.WriteAt(b, 0); err != nil {
-		return err
-	}
-	return f.Sync()
+	return replaceHeader(f, h)
 }
 
 // changeBase adapts what goes with the name of the base image.
@@ -165,13 +162,34 @@ func (h *Header) changeBase(old *Header) error {
 	return nil
 }
 
-// scrubJournal overwrites every record, durably.
+// maxScrubRuns bounds how many runs of a journal's stored bytes are gathered before they are overwritten.
+const maxScrubRuns = 4096
+
+// scrubJournal overwrites every record, durably. Holes hold none and stay.
 func scrubJournal(f storage.File, h *Header) error {
-	if h.JournalSize == 0 {
-		return nil
-	}
-	if err := fillJournal(f, h); err != nil {
-		return err
+	at, end := int64(h.JournalOffset), int64(h.JournalOffset+h.JournalSize)
+	for at < end {
+		var runs []storage.Extent // not overwritten while they are being listed
+		next := end
+		err := f.DataExtents(at, end-at, func(e storage.Extent) bool {
+			if e.Data {
+				runs = append(runs, e)
+			}
+			if len(runs) == maxScrubRuns {
+				next = min(end, roundUp(e.Offset+e.Length, pageSize))
+			}
+			return len(runs) < maxScrubRuns
+		})
+		if err != nil {
+			return err
+		}
+		for _, e := range runs { // extents may end anywhere, records begin at sectors
+			from, to := max(at, roundDown(e.Offset, pageSize)), min(end, roundUp(e.Offset+e.Length, pageSize))
+			if err := fillBlank(f, uint64(from), uint64(to-from)); err != nil {
+				return err
+			}
+		}
+		at = next
 	}
 	return f.Sync()
 }

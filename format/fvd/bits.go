@@ -6,8 +6,8 @@ import (
 	"sync/atomic"
 )
 
-// bitset is a bitmap of the base image's blocks in memory. Bits are read and set atomically and never cleared.
-// Bit i lies in word i/64: the words, written little-endian, are the on-disk bitmap.
+// bitset is a bitmap of the base image's blocks in memory. Bits are read and set atomically; only clear clears
+// them, all at once. Bit i lies in word i/64: the words, written little-endian, are the on-disk bitmap.
 type bitset struct {
 	words []uint64
 	n     blockIndex
@@ -60,6 +60,13 @@ func (b *bitset) setRange(first, last blockIndex) {
 			atomic.OrUint64(&b.words[i>>6], mask)
 		}
 		i += n
+	}
+}
+
+// clear clears all bits. Nobody else changes the bitmap.
+func (b *bitset) clear() {
+	for i := range b.words {
+		atomic.StoreUint64(&b.words[i], 0)
 	}
 }
 

@@ -91,13 +91,14 @@ func FuzzTable(f *testing.F) {
 	f.Add([]byte{0xFF, 0xFF, 0xFF, 0xFF, 1, 0, 0, 0}, int64(10))
 	f.Fuzz(func(t *testing.T, b []byte, stored int64) {
 		n := min(len(b)/4, 1<<16)
-		m := &metadata{g: geometry{chunkSize: 4096}, header: &Header{}, table: make(table, n)}
+		m := &metadata{g: geometry{chunkSize: 4096}, header: &Header{}, table: make(table, n), maxMemory: 1 << 20}
 		decodeEntries(m.table, b[:4*n])
 		faults := map[chunkIndex]bool{}
-		u := m.scanTable(min(stored, 1<<20), func(c chunkIndex, _ entry, _ tableFault) bool {
+		u, err := m.scanTable(min(stored, 1<<20), func(c chunkIndex, _ entry, _ tableFault) bool {
 			faults[c] = true
 			return true
 		})
+		must(t, err)
 		seen := map[chunkID]bool{}
 		for c := range chunkIndex(n) {
 			if e := m.table.get(c); e != entryEmpty && !faults[c] {

@@ -76,17 +76,11 @@ type checker struct {
 	repair Repair
 	res    *CheckResult
 
-	bad     []badEntry
+	stored  int64 // chunks that the storage has room for
 	use     usage
 	stray   bool
 	replay  Replay
 	changed bool
-}
-
-type badEntry struct {
-	c     chunkIndex
-	e     entry
-	fault tableFault
 }
 
 // Check looks for everything in an image that is not as the format wants it. It does not take f over. An image
@@ -104,6 +98,11 @@ func Check(f storage.File, o CheckOptions) (*CheckResult, error) {
 	})
 	if err != nil {
 		return nil, err
+	}
+	if o.Repair != RepairNone {
+		if err := finishHeader(f); err != nil {
+			return nil, err
+		}
 	}
 	k := &checker{m: im.m, h: h, repair: o.Repair, res: &CheckResult{}}
 	next, err := k.read()
@@ -211,18 +210,18 @@ func (k *checker) judgeIdentity() error {
 func (k *checker) judgeTable() error {
 	m := k.m
 	m.alloc = &allocator{m: m, reserved: m.reservedChunk}
-	stored, err := m.alloc.stored()
-	if err != nil {
+	var err error
+	if k.stored, err = m.alloc.stored(); err != nil {
 		return err
 	}
 	kinds := [...]FindingKind{faultDirty: FindingDirtyEntry, faultOutside: FindingOutside, faultMetadata: FindingMetadata, faultDuplicate: FindingDuplicate}
-	k.use = m.scanTable(stored, func(c chunkIndex, e entry, fault tableFault) bool {
-		if k.repair == RepairAll {
-			k.bad = append(k.bad, badEntry{c, e, fault})
-		}
+	k.use, err = m.scanTable(k.stored, func(c chunkIndex, e entry, fault tableFault) bool {
 		k.found(kinds[fault], 1, k.repair == RepairAll, "table entry of chunk %d names chunk %#x, which %s", c, uint32(e), tableFaultNames[fault])
 		return true
 	})
+	if err != nil {
+		return err
+	}
 	k.res.TotalChunks = int64(len(m.table))
 	for c := range chunkIndex(len(m.table)) {
 		if m.table.get(c).mapped() {
@@ -235,23 +234,64 @@ func (k *checker) judgeTable() error {
 
 // leaks finds chunks below the high-water mark that no entry names and that take space in the storage.
 func (k *checker) leaks() error {
-	m := k.m
-	for id := chunkID(0); id < k.use.next; id++ {
-		if k.use.has(id) || m.reservedChunk(id) {
-			continue
+	used := bitset{words: k.use.used, n: blockIndex(k.use.next)}
+	for id := blockIndex(0); id < used.n; {
+		n, named := used.run(id, used.n)
+		if !named {
+			if err := k.leaksAmong(chunkID(id), chunkID(id+n)); err != nil {
+				return err
+			}
 		}
-		takes := false
-		err := m.data.extents(m.g.chunkData(id), m.g.chunkSize, func(_ dataOffset, _ int64, data bool) bool {
-			takes = takes || data
-			return !takes
+		id += n
+	}
+	return nil
+}
+
+// maxLeakRuns bounds how many runs of leaked chunks are gathered before they are given back.
+const maxLeakRuns = 4096
+
+// leaksAmong finds those of chunks [first, last), none of which an entry names, that take space.
+func (k *checker) leaksAmong(first, last chunkID) error {
+	m := k.m
+	for first < last {
+		start := m.g.chunkData(first)
+		var leaked [][2]chunkID // runs
+		seen := first           // chunks below it are in leaked or take no space
+		err := m.data.extents(start, int64(last-first)*m.g.chunkSize, func(off dataOffset, n int64, data bool) bool {
+			from := max(seen, first+chunkID(int64(off-start)/m.g.chunkSize))
+			seen = max(seen, first+chunkID(ceilDiv(int64(off-start)+n, m.g.chunkSize)))
+			if data && from < seen {
+				leaked = append(leaked, [2]chunkID{from, seen})
+			}
+			return len(leaked) < maxLeakRuns
 		})
 		if err != nil {
 			return fmt.Errorf("fvd image %s: looking for leaked chunks: %w", m.name, err)
 		}
-		if !takes {
-			continue
+		for _, run := range leaked {
+			k.leakedRun(run[0], run[1])
 		}
-		fixed := k.repair != RepairNone && m.data.punch(m.g.chunkData(id), m.g.chunkSize) == nil
+		if len(leaked) < maxLeakRuns {
+			return nil
+		}
+		first = seen
+	}
+	return nil
+}
+
+// leakedRun notes, and gives back, chunks [first, last), except for those that metadata occupies.
+func (k *checker) leakedRun(first, last chunkID) {
+	m := k.m
+	if first >= last {
+		return
+	}
+	if from, to := m.reservedChunks(); from < int64(last) && int64(first) < to {
+		k.leakedRun(first, chunkID(max(int64(first), from)))
+		k.leakedRun(chunkID(min(int64(last), to)), last)
+		return
+	}
+	fixed := k.repair != RepairNone && m.data.punch(m.g.chunkData(first), int64(last-first)*m.g.chunkSize) == nil
+	for id := first; id < last; id++ {
 		if fixed {
 			k.res.LeaksFixed++
 		} else {
@@ -259,5 +299,4 @@ func (k *checker) leaks() error {
 		}
 		k.describe(FindingLeak, fixed, "chunk %#x of the storage takes space and no table entry names it", uint32(id))
 	}
-	return nil
 }

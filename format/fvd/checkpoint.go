@@ -140,7 +140,11 @@ func (m *metadata) settleEntries(entries pages) {
 		decodeEntries(decoded[:], entries.page(i))
 		first := chunkIndex(page) * pageEntries
 		for c := first; c < min(first+pageEntries, m.g.chunks()); c++ {
-			m.table.settle(c, entry(decoded[c-first]))
+			// Whoever took a mapping away sees to its record itself: an unmapping of now need not be the one
+			// in the copy, there may have been a mapping in between.
+			if e := entry(decoded[c-first]); e.mapped() {
+				m.table.settle(c, e)
+			}
 		}
 	}
 }

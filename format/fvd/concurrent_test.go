@@ -137,7 +137,7 @@ func linearizable(t *testing.T, r *rig, seed uint64) {
 	if !porcupine.CheckOperations(sectorModel(r.want), history) {
 		t.Fatalf("seed %d: the history is not linearizable", seed)
 	}
-	must(t, r.injective())
+	must(t, r.im.Audit())
 	disk := get(t, r.im, 0, r.im.Size())
 	must(t, r.im.Close())
 	must(t, checkClean(r))

@@ -130,7 +130,7 @@ func TestTerabyte(t *testing.T) {
 	im = opened(t, f, Options{})
 	must(t, diff(get(t, im, 1<<39+12345, 8192), filled(3, 8192)))
 	must(t, diff(get(t, im, 1<<38, 8192), make([]byte, 8192)))
-	if n := im.m.tableMemory(); n > 8<<20 {
+	if n := im.m.g.tableMemory(); n > 8<<20 {
 		t.Errorf("tables take %d bytes", n)
 	}
 	must(t, im.Close())

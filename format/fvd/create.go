@@ -62,6 +62,8 @@ type CreateOptions struct {
 	PlainJournal bool
 
 	Preallocation block.Preallocation
+
+	MaxMetadata int64 // bytes: an image that Open would refuse with this limit is not made; 0: DefaultMaxMetadata
 }
 
 // Create makes an image in f, whatever f held before. It does not close f.
@@ -86,7 +88,7 @@ func Create(f storage.File, o CreateOptions) error {
 
 // reopen are the options to open the image just created without taking anything over.
 func (o *CreateOptions) reopen() Options {
-	oo := Options{}
+	oo := Options{MaxMetadata: o.MaxMetadata}
 	if o.Base != nil {
 		oo.Base = borrowedDevice{o.Base}
 	}
@@ -185,7 +187,11 @@ func (o *CreateOptions) header() (*Header, error) {
 		h.DataOffset = uint64(at)
 	}
 	h.NeedZeroInit = o.DetectSparseHole > 0 && h.hasBitmap() && !o.Compact && o.DataDevice == nil
-	return h, h.validate(at)
+	if err := h.validate(at); err != nil {
+		return nil, err
+	}
+	g := h.geometry()
+	return h, g.fits(orDefault(o.MaxMetadata, DefaultMaxMetadata))
 }
 
 // check refuses options whose arithmetic would not hold or that contradict each other. What the header's own
@@ -364,10 +370,15 @@ func (m *metadata) layOutRegions() error {
 
 // fillJournal writes a journal without a record: every sector begins with EMPTY.
 func fillJournal(f storage.File, h *Header) error {
-	if h.JournalSize == 0 {
+	return fillBlank(f, h.JournalOffset, h.JournalSize)
+}
+
+// fillBlank writes size bytes of journal sectors without a record.
+func fillBlank(f storage.File, off, size uint64) error {
+	if size == 0 {
 		return nil
 	}
-	return fill(f, h.JournalOffset, h.JournalSize, func(_ int, p []byte) {
+	return fill(f, off, size, func(_ int, p []byte) {
 		for sec := p; len(sec) > 0; sec = sec[sectorSize:] {
 			sealSector(sec[:sectorSize], 0, false, 0, nil)
 		}

@@ -10,8 +10,8 @@ import (
 	"github.com/platter-disk/platter/storage"
 )
 
-// Tests of the defects that FVD specification 4.2 lists, those that crash exploration (TestMutants: D-01, D-03, D-04,
-// D-06, D-07, D-09, D-10) and the record tests (D-17 to D-20, D-22, D-26) do not cover. docs/fvd.md has the whole list.
+// Tests of the defects that FVD specification 4.2 lists, beyond crash exploration (package internal/crashcases: D-01 to
+// D-10) and the record tests (D-17 to D-20, D-22, D-26). docs/fvd.md has the whole list.
 
 var errBroken = errors.New("broken on purpose")
 

@@ -26,9 +26,12 @@
 //	3216  u32  clean_shutdown            1: table and bitmap alone are the truth, the journal need not be read
 //	3240  u32  base_img_fully_prefetched 1: the base image is not needed any more
 //
+// Fields in several sectors are changed (amend.go) through a copy of sectors 0 to 6 in 7 to 13, which is the header as
+// long as the checksum in sector 14 seals it: headercopy.go.
+//
 // Bitmap: bit i (byte i/8, bit i mod 8, least significant first) describes guest bytes
 // [i*block_size, (i+1)*block_size) below base_img_size. 0: the base image holds them. 1: this image does.
-// Bits go from 0 to 1 and never back.
+// Bits go from 0 to 1, and back only all at once, when the image was committed to its base (empty.go).
 //
 // Table: entry i describes guest bytes [i*chunk_size, (i+1)*chunk_size).
 //
@@ -51,8 +54,8 @@
 //	layout     header.go validate.go bits.go table.go record.go sector.go geometry.go     pure
 //	metadata   metadata.go allocator.go journal.go checkpoint.go recovery.go,
 //	           discipline.go and one file a discipline: immediate.go buffered.go nojournal.go
-//	device     image.go open.go create.go read.go write.go zero.go populate.go extents.go resize.go
-//	tools      check.go repair.go info.go amend.go
+//	device     image.go open.go create.go read.go write.go zero.go populate.go extents.go resize.go empty.go
+//	tools      check.go repair.go info.go amend.go headercopy.go
 //
 // Start with image.go, then write.go for the order in which a write makes its way to the disk.
 package fvd

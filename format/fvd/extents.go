@@ -2,9 +2,14 @@ package fvd
 
 import (
 	"fmt"
+	"math"
 
 	"github.com/platter-disk/platter/block"
 )
+
+// lookAhead bounds in entries of the table, and words of the bitmap, how far a look for one extent goes: a batch may
+// end after the first, and the next one would look as far again.
+const lookAhead = 4096
 
 // extentBatch is how many extents are gathered before the caller sees them. The image must not be held while the
 // caller's function runs: it may call back.
@@ -44,7 +49,7 @@ func (im *Image) gatherExtents(batch []block.Extent, off, length int64) ([]block
 		return len(batch) < extentBatch
 	}
 	for length > 0 && len(batch) < extentBatch {
-		p := im.locate(guestOffset(off), length)
+		p := im.locate(guestOffset(off), min(length, im.m.g.lookAhead()))
 		var err error
 		switch p.kind {
 		case pieceHole:
@@ -64,6 +69,18 @@ func (im *Image) gatherExtents(batch []block.Extent, off, length int64) ([]block
 		}
 	}
 	return batch, nil
+}
+
+// lookAhead is how many bytes of the disk an extent is sought in.
+func (g *geometry) lookAhead() int64 {
+	n := int64(math.MaxInt64)
+	if g.compact() {
+		n = lookAhead * g.chunkSize
+	}
+	if g.blockSize > 0 {
+		n = min(n, 64*lookAhead*g.blockSize)
+	}
+	return n
 }
 
 // leftBase reports whether off is covered by the base image's size: then its zeros are this image's entry.

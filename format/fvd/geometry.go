@@ -1,5 +1,7 @@
 package fvd
 
+import "fmt"
+
 // The address spaces of an image, a type each.
 type (
 	guestOffset int64 // byte of the virtual disk
@@ -106,6 +108,19 @@ func (g *geometry) chunkStart(c chunkIndex) guestOffset { return guestOffset(int
 // chunkEnd is the guest byte after chunk c, which the end of the disk clips.
 func (g *geometry) chunkEnd(c chunkIndex) guestOffset {
 	return guestOffset(min((int64(c)+1)*g.chunkSize, g.size))
+}
+
+// tableMemory is the memory in bytes that bitmaps and table take once loaded.
+func (g *geometry) tableMemory() int64 {
+	return 2*ceilDiv(int64(g.blocks()), 8) + 4*int64(g.chunks())
+}
+
+// fits refuses tables that take more than limit bytes of memory.
+func (g *geometry) fits(limit int64) error {
+	if need := g.tableMemory(); need > limit {
+		return fmt.Errorf("bitmap and table take %d bytes of memory, the limit is %d; larger blocks and chunks take less", need, limit)
+	}
+	return nil
 }
 
 // chunkData is where the physical chunk lies.

@@ -3,6 +3,8 @@ package fvd
 import (
 	"sync"
 	"sync/atomic"
+
+	"github.com/platter-disk/platter/block"
 )
 
 const guardShards = 8 // spreads the counters of concurrent requests over cache lines
@@ -18,9 +20,9 @@ type guard struct {
 		_ [56]byte
 	}
 
-	mu      sync.Mutex // pause, resume and advance
-	changed sync.Cond  // a request ended while paused, or the pause is over
-	closed  bool       // under mu: set while paused, seen by those who wait
+	mu      sync.Mutex  // pause, resume and advance
+	changed sync.Cond   // a request ended while paused, or the pause is over
+	closed  atomic.Bool // set while paused, under mu
 }
 
 // pass is held by a request for as long as it runs.
@@ -36,19 +38,38 @@ func newGuard() *guard {
 
 // enter admits a request; ok is false once the image is closed. hint spreads the counting.
 func (g *guard) enter(hint int64) (p pass, ok bool) {
-	shard := uint8(uint64(hint)>>16) % guardShards
 	for {
+		if p, ok = g.tryEnter(hint); ok {
+			return p, true
+		}
 		if g.paused.Load() && !g.await() {
 			return pass{}, false
 		}
-		age := g.age.Load()
-		p = pass{uint8(age % 3), shard}
-		g.count[p.slot][shard].n.Add(1)
-		if g.age.Load() == age && !g.paused.Load() {
-			return p, true
-		}
-		g.leave(p)
 	}
+}
+
+// tryEnter is enter without waiting: ok is also false while someone has the image to himself, and may be when he
+// comes or the age advances.
+func (g *guard) tryEnter(hint int64) (p pass, ok bool) {
+	if g.paused.Load() {
+		return pass{}, false
+	}
+	age := g.age.Load()
+	p = pass{uint8(age % 3), uint8(uint64(hint)>>16) % guardShards}
+	g.count[p.slot][p.shard].n.Add(1)
+	if g.age.Load() == age && !g.paused.Load() {
+		return p, true
+	}
+	g.leave(p)
+	return pass{}, false
+}
+
+// refusal says why tryEnter failed, without waiting: the image is closed, or it takes waiting.
+func (g *guard) refusal() error {
+	if g.closed.Load() {
+		return block.ErrClosed
+	}
+	return block.ErrWouldBlock
 }
 
 // leave ends a request.
@@ -65,10 +86,10 @@ func (g *guard) leave(p pass) {
 func (g *guard) await() bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	for g.paused.Load() && !g.closed {
+	for g.paused.Load() && !g.closed.Load() {
 		g.changed.Wait()
 	}
-	return !g.closed
+	return !g.closed.Load()
 }
 
 func (g *guard) empty(slot uint64) bool {
@@ -96,10 +117,10 @@ func (g *guard) advance() uint64 {
 func (g *guard) pause() bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	for g.paused.Load() && !g.closed {
+	for g.paused.Load() && !g.closed.Load() {
 		g.changed.Wait()
 	}
-	if g.closed {
+	if g.closed.Load() {
 		return false
 	}
 	g.paused.Store(true)
@@ -113,7 +134,7 @@ func (g *guard) pause() bool {
 func (g *guard) resume(closed bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.closed = closed
+	g.closed.Store(closed)
 	g.paused.Store(closed)
 	g.changed.Broadcast()
 }

@@ -61,10 +61,12 @@ type Options struct {
 	StrictJournal bool
 
 	// GrowStorage is asked for need more bytes when storage that cannot be resized is full. nil: the write
-	// fails with ENOSPC. The command in an image's add_storage_cmd is never executed.
+	// fails with ENOSPC. It must not use the image. The command in an image's add_storage_cmd is never executed.
 	GrowStorage func(need int64) error
 
-	// MaxMetadata bounds the memory for bitmap and table, in bytes; 0: DefaultMaxMetadata.
+	// MaxMetadata bounds the memory for bitmap and table, in bytes; 0: DefaultMaxMetadata. What keeps track of the
+	// storage takes a bit a chunk more, of which as much is allowed again; replaying a journal that changes
+	// mappings takes twice the table for a while.
 	MaxMetadata int64
 
 	// AfterFunc runs f after d and returns a way to stop that, true if f will not run. nil: time.AfterFunc.

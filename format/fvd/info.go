@@ -1,7 +1,9 @@
 package fvd
 
 import (
+	"encoding/binary"
 	"fmt"
+	"math/bits"
 
 	"github.com/platter-disk/platter/storage"
 )
@@ -85,28 +87,52 @@ func ReadInfo(f storage.File) (*Info, error) {
 	if g.compact() {
 		info.GrowUnit = int64(h.GrowUnit)
 	}
-	if need := m.tableMemory(); need > DefaultMaxMetadata {
-		return nil, fmt.Errorf("fvd image %s: bitmap and table take %d bytes of memory, the limit is %d", m.name, need, int64(DefaultMaxMetadata))
-	}
-	m.initTables()
-	if m.fresh.n > 0 {
-		if _, err := m.loadBitmap(); err != nil {
+	if g.blocks() > 0 && !h.FullyPrefetched {
+		info.Prefetch = h.prefetchInfo()
+		if info.BlocksInBase, err = m.countBase(); err != nil {
 			return nil, err
-		}
-		if !h.FullyPrefetched {
-			info.Prefetch = h.prefetchInfo()
-			info.BlocksInBase = int64(m.fresh.n - m.fresh.count())
 		}
 	}
 	if g.compact() {
-		if err := m.loadTable(); err != nil {
+		if info.ChunksAllocated, err = m.countMapped(); err != nil {
 			return nil, err
-		}
-		for c := range g.chunks() {
-			if m.table.get(c).mapped() {
-				info.ChunksAllocated++
-			}
 		}
 	}
 	return info, nil
+}
+
+// countBase counts the blocks that the bitmap on disk leaves to the base image, in no memory to speak of.
+func (m *metadata) countBase() (int64, error) {
+	blocks := int64(m.g.blocks())
+	left := blocks
+	err := forEachData(m.file, m.g.bitmapAt, ceilDiv(blocks, 8), 1, func(at int64, p []byte) error {
+		for i, b := range p {
+			if past := 8*(at+int64(i)+1) - blocks; past > 0 { // bits that describe nothing
+				b &= 0xFF >> past
+			}
+			left -= int64(bits.OnesCount8(b))
+		}
+		return nil
+	})
+	if err != nil {
+		err = fmt.Errorf("fvd image %s: reading the bitmap: %w", m.name, err)
+	}
+	return left, err
+}
+
+// countMapped counts the entries of the table on disk that name a chunk. Holes, which no writer leaves, name chunk 0.
+func (m *metadata) countMapped() (int64, error) {
+	mapped := int64(m.g.chunks())
+	err := forEachData(m.file, m.g.tableStart, 4*mapped, 4, func(_ int64, p []byte) error {
+		for ; len(p) > 0; p = p[4:] {
+			if !entry(binary.LittleEndian.Uint32(p)).mapped() {
+				mapped--
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		err = fmt.Errorf("fvd image %s: reading the table: %w", m.name, err)
+	}
+	return mapped, err
 }

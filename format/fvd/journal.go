@@ -330,21 +330,30 @@ func (p *packer) add(s *span) bool {
 	return true
 }
 
-// recordable is the beginning of the span that one kind of record can tell. Without the unmap feature a TABLE
-// record cannot say EMPTY (D-20): a run of chunks that never had a mapping, zeroed in a disk with a base image,
-// then has its bits recorded alone. Such an image never takes a mapping away, so a run stays what it is.
+// recordable is the beginning of the span that one kind of record can tell: mappings and bits, or bits alone.
 func (p *packer) recordable(s span) span {
-	m := p.j.m
-	if !s.entries || m.g.unmap {
+	if !s.entries {
 		return s
 	}
-	first, last := m.g.chunkRange(s.off, s.end)
-	s.entries = m.table.get(first).mapped()
+	first, last := p.j.m.g.chunkRange(s.off, s.end)
+	s.entries = p.tells(first, &s)
 	for c := first + 1; c < last; c++ {
-		if m.table.get(c).mapped() != s.entries {
-			s.end = m.g.chunkStart(c)
+		if p.tells(c, &s) != s.entries {
+			s.end = p.j.m.g.chunkStart(c)
 			break
 		}
 	}
 	return s
+}
+
+// tells reports whether a record of the span says what chunk c is. EMPTY is told only of a chunk that the span
+// covers whole, as it does when it takes a mapping away; all blocks of the chunk have left the base image then. Told
+// of a chunk of which the span zeroed a part, it would outlive the mapping that a copy from the base image gives the
+// chunk later, without a record: a crash between the bitmap and the header of a checkpoint would replay EMPTY over
+// that mapping, and the copied blocks would read as zeros. Without the unmap feature a record cannot say EMPTY at
+// all (D-20).
+func (p *packer) tells(c chunkIndex, s *span) bool {
+	m, g := p.j.m, &p.j.m.g
+	whole := s.off <= g.chunkStart(c) && g.chunkEnd(c) <= s.end || m.mutant == MutantEmptyInPart
+	return m.table.get(c).mapped() || g.unmap && whole
 }

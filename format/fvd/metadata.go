@@ -16,7 +16,7 @@ import (
 // what a crash would leave recoverable. stale is a subset of fresh. A block copied up without being written by
 // the guest is fresh and not stale until a checkpoint.
 type metadata struct {
-	g    geometry // changes under guard.pause only
+	g    geometry // size, tableStart and tableCap change, under guard.pause only; the rest never does
 	name string
 	file storage.File
 	data store
@@ -37,6 +37,8 @@ type metadata struct {
 
 	latch atomic.Pointer[failure]
 
+	maxMemory int64 // bytes for bitmap and table
+
 	alloc  *allocator
 	guard  *guard
 	crc    *crc32.Table
@@ -49,12 +51,7 @@ const writingTable = "writing the table"
 // failure is the first error after which nobody knows what is on the disk.
 type failure struct{ err error }
 
-// tableMemory is the memory in bytes that bitmaps and table take once loaded.
-func (m *metadata) tableMemory() int64 {
-	return 2*ceilDiv(int64(m.g.blocks()), 8) + 4*int64(m.g.chunks())
-}
-
-// initTables makes an empty bitmap and table; tableMemory was checked.
+// initTables makes an empty bitmap and table; geometry.fits was asked.
 func (m *metadata) initTables() {
 	m.fresh = newBitset(m.g.blocks())
 	m.stale = newBitset(m.g.blocks())

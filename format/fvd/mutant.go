@@ -19,13 +19,14 @@ const (
 	MutantReuseUnzeroed     Mutant = "reuse-unzeroed"      // D-10: chunks are handed out without being zeroed
 	MutantReuseEarly        Mutant = "reuse-early"         // a chunk is used again before losing its mapping is durable
 	MutantLateSnapshot      Mutant = "late-snapshot"       // a checkpoint copies the tables after the data barrier, not before
+	MutantEmptyInPart       Mutant = "empty-in-part"       // a record tells EMPTY of a chunk of which only a part was zeroed
 )
 
 // Mutants lists the wrong orders that Options.Mutant takes.
 func Mutants() []Mutant {
 	return []Mutant{
 		MutantNoTableBarrier, MutantReuseAfterFailure, MutantClearDirtyEarly, MutantStaleEarly, MutantNoLatch, MutantNoDataBarrier,
-		MutantMetadataFirst, MutantNoPadding, MutantStraddle, MutantReuseUnzeroed, MutantReuseEarly, MutantLateSnapshot,
+		MutantMetadataFirst, MutantNoPadding, MutantStraddle, MutantReuseUnzeroed, MutantReuseEarly, MutantLateSnapshot, MutantEmptyInPart,
 	}
 }
 

@@ -29,14 +29,11 @@ func ReadHeader(f storage.File) (*Header, error) {
 
 // readHeader decodes the header without judging its contents.
 func readHeader(f storage.File) (*Header, error) {
-	size, err := f.Size()
+	b, err := readHeaderBytes(f)
 	if err != nil {
-		return nil, fmt.Errorf("fvd image %s: %w", f.Name(), err)
+		return nil, err
 	}
-	b := make([]byte, min(size, headerSize))
-	if err := storage.ReadFull(f, b, 0); err != nil {
-		return nil, fmt.Errorf("fvd image %s: reading the header: %w", f.Name(), err)
-	}
+	copy(b, sealedHeaderCopy(b))
 	h, err := decodeHeader(b)
 	if err != nil {
 		return nil, fmt.Errorf("fvd image %s: %w", f.Name(), err)
@@ -60,6 +57,11 @@ func Open(f storage.File, o Options) (*Image, error) {
 	}
 	if err := im.attachBase(&o); err != nil {
 		return nil, fmt.Errorf("fvd image %s: %w", f.Name(), err)
+	}
+	if !o.ReadOnly {
+		if err := finishHeader(f); err != nil {
+			return nil, err
+		}
 	}
 	if err := im.load(&o); err != nil {
 		return nil, err
@@ -98,8 +100,9 @@ func assemble(f storage.File, h *Header, o *Options) (*Image, error) {
 	if h.NeedZeroInit && o.DataNotZeroed {
 		return fail("field need_zero_init is set, and the data storage does not read as zeros where nothing was written")
 	}
-	if need := m.tableMemory(); need > o.maxMetadata() {
-		return fail("bitmap and table take %d bytes of memory, the limit is %d", need, o.maxMetadata())
+	m.maxMemory = orDefault(o.MaxMetadata, DefaultMaxMetadata)
+	if err := m.g.fits(m.maxMemory); err != nil {
+		return fail("%w", err)
 	}
 	return im, nil
 }
@@ -123,13 +126,6 @@ func (im *Image) attachBase(o *Options) error {
 	}
 	im.baseLive.Store(true)
 	return nil
-}
-
-func (o *Options) maxMetadata() int64 {
-	if o.MaxMetadata > 0 {
-		return o.MaxMetadata
-	}
-	return DefaultMaxMetadata
 }
 
 // checkBase compares the base image with what the image was made for (D-34).
@@ -189,7 +185,7 @@ func (im *Image) recover(o *Options) (epoch, error) {
 	next := epoch(m.header.StableEpoch) + 1
 	m.inUse.Store(!m.header.CleanShutdown)
 	if m.header.CleanShutdown {
-		return next, nil
+		return next, im.epochsLeft(next)
 	}
 	if m.g.journalLen == 0 {
 		m.doubtful = m.fresh.n > 0 || m.g.compact()
@@ -207,10 +203,15 @@ func (im *Image) recover(o *Options) (epoch, error) {
 		return 0, fmt.Errorf("fvd image %s: %d anomalies in the journal, the first: %s", m.name, replay.anomalies, replay.Anomalies[0])
 	}
 	next = max(next, highest+1)
-	if next > maxEpoch-epochReserve && !im.readOnly {
-		return 0, fmt.Errorf("fvd image %s: journal epochs are used up (next is %d)", m.name, next)
+	return next, im.epochsLeft(next)
+}
+
+// epochsLeft refuses to open an image for writing that has not enough epochs left (D-22).
+func (im *Image) epochsLeft(next epoch) error {
+	if next > maxEpoch-epochReserve && !im.readOnly && im.m.g.journalLen > 0 {
+		return fmt.Errorf("fvd image %s: journal epochs are used up (next is %d)", im.m.name, next)
 	}
-	return next, nil
+	return nil
 }
 
 // loadStorage checks the table against the data storage and makes the allocator.
@@ -227,11 +228,12 @@ func (im *Image) loadStorage(o *Options) error {
 	if err != nil {
 		return err
 	}
-	u := m.scanTable(stored, func(c chunkIndex, e entry, fault tableFault) bool {
-		err = fmt.Errorf("fvd image %s: table entry of chunk %d names chunk %#x, which %s; checking the image tells more", m.name, c, uint32(e), tableFaultNames[fault])
+	var bad error
+	u, err := m.scanTable(stored, func(c chunkIndex, e entry, fault tableFault) bool {
+		bad = fmt.Errorf("fvd image %s: table entry of chunk %d names chunk %#x, which %s; checking the image tells more", m.name, c, uint32(e), tableFaultNames[fault])
 		return false
 	})
-	if err != nil {
+	if err = errors.Join(err, bad); err != nil {
 		return err
 	}
 	m.alloc = a
@@ -239,17 +241,10 @@ func (im *Image) loadStorage(o *Options) error {
 	if im.readOnly {
 		return nil
 	}
-	var free []retired
-	for id := range u.next {
-		switch {
-		case u.has(id) || m.reservedChunk(id):
-		case m.inUse.Load(): // a crash may have left bytes there
-			free = append(free, retired{id: id})
-		default:
-			a.setFree(id)
-		}
+	a.adoptFree(u.used)
+	if m.inUse.Load() { // a crash may have left bytes there
+		a.punchFree()
 	}
-	a.punch(free)
 	// Whatever lies above the high-water mark was never recorded: soft writes, failed writes, storage grown
 	// ahead. Cut off, it comes back as zeros. Storage of a fixed size keeps it; the allocator zeroes there.
 	return a.trim()

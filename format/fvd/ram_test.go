@@ -115,3 +115,13 @@ func must(t testing.TB, err error) {
 		t.Fatal(err)
 	}
 }
+
+// script runs steps until one fails.
+func script(steps ...func() error) error {
+	for _, s := range steps {
+		if err := s(); err != nil {
+			return err
+		}
+	}
+	return nil
+}

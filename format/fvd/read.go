@@ -93,9 +93,9 @@ func (im *Image) ReadAt(p []byte, off int64) (int, error) {
 
 // TryReadAt implements block.Device.
 func (im *Image) TryReadAt(p []byte, off int64) error {
-	pass, ok := im.m.guard.enter(off)
+	pass, ok := im.m.guard.tryEnter(off)
 	if !ok {
-		return block.ErrClosed
+		return im.m.guard.refusal()
 	}
 	defer im.m.guard.leave(pass)
 	if err := block.CheckRange("read", off, int64(len(p)), im.m.g.size); err != nil {

@@ -1,7 +1,9 @@
 package fvd
 
 import (
+	"cmp"
 	"fmt"
+	"slices"
 
 	"github.com/platter-disk/platter/internal/bufpool"
 	"github.com/platter-disk/platter/storage"
@@ -86,7 +88,8 @@ func (m *metadata) loadTable() error {
 // it saw. A record is checked as a whole before anything of it is applied (D-17 to D-20).
 func (m *metadata) replayJournal() (r Replay, highest epoch, err error) {
 	stable := epoch(m.header.StableEpoch)
-	var best []epoch // of the record that decided a chunk's entry
+	var best []epoch     // of the record that decided a chunk's entry
+	var runs []blockSpan // whose bits are to be set
 	err = forEachData(m.file, m.g.journalAt, m.g.journalLen, sectorSize, func(at int64, p []byte) error {
 		for ; len(p) > 0; p, at = p[sectorSize:], at+sectorSize {
 			state, records, generation := openSector(p[:sectorSize], m.g.trailer, m.crc)
@@ -124,8 +127,10 @@ func (m *metadata) replayJournal() (r Replay, highest epoch, err error) {
 				}
 				r.Records++
 				if !rec.table {
-					first, last := m.g.blockRange(rec.guestRange())
-					m.setFresh(first, last)
+					if runs = append(runs, m.blockSpan(&rec)); len(runs) == maxReplaySpans {
+						m.setSpans(runs)
+						runs = runs[:0]
+					}
 					continue
 				}
 				if best == nil {
@@ -139,7 +144,32 @@ func (m *metadata) replayJournal() (r Replay, highest epoch, err error) {
 	if err != nil {
 		err = fmt.Errorf("fvd image %s: reading the journal: %w", m.name, err)
 	}
+	m.setSpans(runs)
 	return r, highest, err
+}
+
+// blockSpan is blocks first up to last, excluded.
+type blockSpan struct{ first, last blockIndex }
+
+// maxReplaySpans is of how many BITMAP records the spans are gathered, to be merged before their bits are set. Set one
+// by one, a journal of records that each speak of the whole disk would take hours.
+const maxReplaySpans = 1 << 16
+
+func (m *metadata) blockSpan(rec *record) (s blockSpan) {
+	s.first, s.last = m.g.blockRange(rec.guestRange())
+	return s
+}
+
+// setSpans sets the fresh bits of all spans, which it sorts.
+func (m *metadata) setSpans(spans []blockSpan) {
+	slices.SortFunc(spans, func(a, b blockSpan) int { return cmp.Compare(a.first, b.first) })
+	for i := 0; i < len(spans); {
+		s := spans[i]
+		for i++; i < len(spans) && spans[i].first <= s.last; i++ {
+			s.last = max(s.last, spans[i].last)
+		}
+		m.setFresh(s.first, s.last)
+	}
 }
 
 // replayTable applies a TABLE record: the highest epoch wins, whatever the order in the journal.
@@ -185,13 +215,18 @@ var tableFaultNames = [...]string{
 
 // scanTable checks the table as a whole against a data storage with room for stored chunks (FVD specification
 // 1.14, D-20) and calls bad for every entry that cannot be; it stops when bad returns false. The usage is that of
-// the entries with a chunk of their own.
-func (m *metadata) scanTable(stored int64, bad func(chunkIndex, entry, tableFault) bool) (u usage) {
+// the entries with a chunk of their own. The error is of an image whose chunk numbers go higher than a bit for each
+// fits into the memory allowed for tables; the table itself is within bounds.
+func (m *metadata) scanTable(stored int64, bad func(chunkIndex, entry, tableFault) bool) (u usage, err error) {
 	usable := func(e entry) bool { return int64(e.id()) < stored && !m.reservedChunk(e.id()) }
 	for c := range chunkIndex(len(m.table)) {
 		if e := m.table.get(c); e.mapped() && usable(e) {
 			u.next = max(u.next, e.id()+1)
 		}
+	}
+	if need := int64(u.next) / 8; need > m.maxMemory {
+		return u, fmt.Errorf("fvd image %s: the table names chunk %#x of the storage; to keep track of so many takes %d bytes of memory, the limit is %d",
+			m.name, u.next-1, need, m.maxMemory)
 	}
 	u.used = make([]uint64, (int64(u.next)+63)/64)
 	for c := range chunkIndex(len(m.table)) {
@@ -218,15 +253,25 @@ func (m *metadata) scanTable(stored int64, bad func(chunkIndex, entry, tableFaul
 			break
 		}
 	}
-	return u
+	return u, nil
 }
 
-// reservedChunk reports whether metadata occupies a part of the chunk: a table that was moved into the data area
-// when the disk grew.
-func (m *metadata) reservedChunk(id chunkID) bool {
+// reservedChunks is the run of chunks of which metadata occupies a part: a table that was moved into the data area
+// when the disk grew. first == last if there is none; last may be past every legal number.
+func (m *metadata) reservedChunks() (first, last int64) {
 	if m.header.Features&FeatureTableInData == 0 || m.header.DataFile != "" {
-		return false
+		return 0, 0
 	}
-	start := int64(m.g.chunkData(id))
-	return start < int64(m.header.TableOffset+m.header.TableSize) && int64(m.header.TableOffset) < start+m.g.chunkSize
+	start := int64(m.header.TableOffset) - int64(m.g.dataStart)
+	end := start + int64(m.header.TableSize)
+	if end <= 0 {
+		return 0, 0
+	}
+	return max(0, start) / m.g.chunkSize, ceilDiv(end, m.g.chunkSize)
+}
+
+// reservedChunk reports whether metadata occupies a part of the chunk.
+func (m *metadata) reservedChunk(id chunkID) bool {
+	first, last := m.reservedChunks()
+	return first <= int64(id) && int64(id) < last
 }

@@ -1,6 +1,7 @@
 package fvd
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/platter-disk/platter/internal/bufpool"
@@ -19,8 +20,14 @@ func (k *checker) fix(next epoch) error {
 	if err := m.markInUse(); err != nil {
 		return err
 	}
-	for _, b := range k.bad {
-		if err := k.fixEntry(b); err != nil {
+	if m.g.compact() {
+		k.use.used = nil // of the scan that found them; the next one needs its room
+		var fixErr error
+		_, err := m.scanTable(k.stored, func(c chunkIndex, e entry, fault tableFault) bool {
+			fixErr = k.fixEntry(c, e, fault)
+			return fixErr == nil
+		})
+		if err = errors.Join(err, fixErr); err != nil {
 			return err
 		}
 	}
@@ -33,7 +40,7 @@ func (k *checker) fix(next epoch) error {
 	}
 	seal := epoch(0)
 	if m.g.journalLen > 0 {
-		seal = next
+		seal = min(next, maxEpoch-1) // no record has a higher one
 	}
 	if err := m.checkpoint(m.snapshotTables(), headerChange{seal: seal}); err != nil {
 		return err
@@ -46,15 +53,15 @@ func (k *checker) fix(next epoch) error {
 
 // fixEntry puts one table entry right. Two entries that name one chunk get a copy each: nobody can tell whose it
 // was. An entry that names nothing usable becomes EMPTY.
-func (k *checker) fixEntry(b badEntry) error {
+func (k *checker) fixEntry(c chunkIndex, e entry, fault tableFault) error {
 	m := k.m
-	id := b.e.id()
-	switch b.fault {
+	id := e.id()
+	switch fault {
 	case faultDirty:
-		m.setEntry(b.c, entry(id))
+		m.setEntry(c, entry(id))
 		return nil
 	case faultOutside, faultMetadata:
-		m.setEntry(b.c, entryEmpty)
+		m.setEntry(c, entryEmpty)
 		return nil
 	}
 	fresh := k.use.next
@@ -78,7 +85,7 @@ func (k *checker) fixEntry(b badEntry) error {
 		return fmt.Errorf("fvd image %s: copying chunk %#x: %w", m.name, id, err)
 	}
 	k.use.next = fresh + 1
-	m.setEntry(b.c, entry(fresh))
+	m.setEntry(c, entry(fresh))
 	return nil
 }
 

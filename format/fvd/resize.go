@@ -49,14 +49,14 @@ func (im *Image) grow(size int64) error {
 	if err := im.discipline.checkpoint(headerChange{}); err != nil {
 		return err
 	}
+	var err error
 	if m.g.compact() {
-		if err := im.growTable(size); err != nil {
-			return err
-		}
-	} else if err := m.data.resize(int64(m.g.dataStart) + size); err != nil {
-		if have, sizeErr := m.data.size(); sizeErr != nil || have < int64(m.g.dataStart)+size {
-			return refuse("growing the data storage: %w", err)
-		}
+		err = im.growTable(size)
+	} else {
+		err = im.growFlat(size)
+	}
+	if err != nil {
+		return refuse("%w", err)
 	}
 	// The size is the only word of its header sector that changes: a crash leaves the old disk or the new one.
 	h := m.headerCopy()
@@ -64,9 +64,40 @@ func (im *Image) grow(size int64) error {
 	if err := m.rewriteHeaderSector(&h, 0); err != nil {
 		return err
 	}
-	m.g = h.geometry()
+	m.g.size = size // alone: who copies from the base image reads the rest without asking
 	im.size.Store(size)
 	return nil
+}
+
+// growFlat gives an image without table the storage for its new size; the new part reads as zeros, whatever lay
+// there. Regions behind the data area stay in the way.
+func (im *Image) growFlat(size int64) error {
+	m := im.m
+	h := m.headerCopy()
+	h.VirtualSize = uint64(size)
+	end, err := m.file.Size()
+	if err != nil {
+		return err
+	}
+	if err := h.validateRegions(end); err != nil {
+		return err
+	}
+	from, to := m.g.dataStart+dataOffset(m.g.size), m.g.dataStart+dataOffset(size)
+	have, err := m.data.size()
+	if err != nil {
+		return fmt.Errorf("size of the data storage: %w", err)
+	}
+	if stale := min(have, int64(to)) - int64(from); stale > 0 {
+		if err := zeroStore(m.data, from, stale, true, false); err != nil {
+			return fmt.Errorf("zeroing the data storage: %w", err)
+		}
+	}
+	if have < int64(to) {
+		if err := m.data.resize(int64(to)); err != nil {
+			return fmt.Errorf("growing the data storage: %w", err)
+		}
+	}
+	return m.dataSync.wait()
 }
 
 // growTable gives the table its new length, in place or, if its region is too short, elsewhere.
@@ -76,10 +107,19 @@ func (im *Image) growTable(size int64) error {
 	h.VirtualSize = uint64(size)
 	entries := chunkIndex(ceilDiv(size, m.g.chunkSize))
 	if entries > maxChunks {
-		return fmt.Errorf("fvd image %s: %d bytes in chunks of %d take more than %d chunks", m.name, size, m.g.chunkSize, maxChunks)
+		return fmt.Errorf("in chunks of %d bytes that takes more than %d chunks", m.g.chunkSize, maxChunks)
 	}
 	if least := minJournalSize(int64(entries), m.g.trailer); m.g.journalLen > 0 && m.g.journalLen < least {
-		return fmt.Errorf("fvd image %s: a disk of %d bytes needs a journal of %d bytes, it has %d", m.name, size, least, m.g.journalLen)
+		return fmt.Errorf("that needs a journal of %d bytes, there are %d", least, m.g.journalLen)
+	}
+	grownTo := m.g
+	grownTo.size = size
+	if err := grownTo.fits(m.maxMemory); err != nil {
+		return err
+	}
+	at, err := im.tableRoom(entries)
+	if err != nil {
+		return err
 	}
 	grown := newTable(entries)
 	copy(grown, m.table)
@@ -91,22 +131,39 @@ func (im *Image) growTable(size int64) error {
 		m.tablePages.mark(old/pageEntries, int((entries-1)/pageEntries))
 		return im.discipline.checkpoint(headerChange{})
 	}
-	return im.moveTable(&h, entries)
+	return im.moveTable(&h, at, movedTableSize(entries))
 }
 
-// moveTable writes the table, with room to double, to the end of the image file and points the header to it.
-func (im *Image) moveTable(h *Header, entries chunkIndex) error {
+// movedTableSize is the size in bytes of a table that is moved: it has room to double.
+func movedTableSize(entries chunkIndex) int64 { return roundUp(8*int64(entries), pageSize) }
+
+// tableRoom finds the place at the end of the image file for a table that has to move, and makes sure of it while
+// nothing has changed yet; 0 if the table can stay where it is.
+func (im *Image) tableRoom(entries chunkIndex) (at int64, err error) {
 	m := im.m
-	room := roundUp(8*int64(entries), pageSize)
+	if entries <= m.g.tableCap {
+		return 0, nil
+	}
 	end, err := m.file.Size()
 	if err != nil {
-		return fmt.Errorf("fvd image %s: %w", m.name, err)
+		return 0, err
 	}
 	if !m.separate() {
 		end = max(end, int64(m.g.chunkData(m.alloc.limit)))
+	}
+	at = roundUp(end, pageSize)
+	if err := m.file.Truncate(at + movedTableSize(entries)); err != nil {
+		return 0, fmt.Errorf("room for a table of %d entries, the one in place has room for %d: %w", entries, m.g.tableCap, err)
+	}
+	return at, nil
+}
+
+// moveTable writes the table to [at, at+room) of the image file and points the header to it.
+func (im *Image) moveTable(h *Header, at, room int64) error {
+	m := im.m
+	if !m.separate() {
 		h.Features |= FeatureTableInData
 	}
-	at := roundUp(end, pageSize)
 	full := pages{data: make([]byte, 0, ioUnit)}
 	for page := range int(room / pageSize) {
 		full.numbers = append(full.numbers, page)
@@ -132,7 +189,7 @@ func (im *Image) moveTable(h *Header, entries chunkIndex) error {
 	if err := m.rewriteHeaderSector(h, 2048); err != nil {
 		return err
 	}
-	m.g = h.geometry()
+	m.g.tableStart, m.g.tableCap = metaOffset(at), chunkIndex(room/4)
 	return nil
 }
 

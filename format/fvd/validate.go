@@ -8,9 +8,9 @@ import (
 )
 
 const (
-	maxBlockSize   = 1 << 30 // ours; the specification sets none
+	maxBlockSize   = 1 << 26 // ours; a block is copied up and prefetched whole, in memory
 	maxChunkSize   = 1 << 32 // ours; keeps id*chunk_size within 63 bits
-	maxVirtualSize = 1 << 62 // ours; keeps every sum of offsets within 63 bits
+	maxVirtualSize = 1 << 61 // ours; keeps every sum of offsets within 63 bits
 	maxEpoch       = 1 << 63 // FVD specification 1.14
 
 	tableEntriesPlain   = 119 // table entries a mixed sector, without trailer (FVD specification 1.5)

@@ -44,7 +44,12 @@ func (im *Image) write(p []byte, off guestOffset) error {
 	end := off + guestOffset(len(p))
 	if im.settled(off, end) {
 		if err := im.writeStored(p, off); err != errMoved {
-			return im.writeError(err, off, len(p))
+			if err != nil || im.settled(off, end) {
+				return im.writeError(err, off, len(p))
+			}
+			// A discard took a chunk away meanwhile, and another write that is still under way gave it a new
+			// place: the bytes may be there.
+			return im.commit(off, end, nil, true)
 		}
 	}
 	if err := im.m.markInUse(); err != nil {

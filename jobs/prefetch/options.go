@@ -19,6 +19,7 @@ const (
 	defaultCheckpoint = 64 << 20 // bytes kept between checkpoints
 	maxSlots          = 1024
 	maxPerPrefetch    = 64 << 20
+	maxBuffers        = 256 << 20 // bytes of all slots; an image's header may ask for more
 	maxRetry          = 30 * time.Second
 	maxOrderReads     = 64
 	maxOrderRead      = 256 << 10 // bytes
@@ -28,7 +29,7 @@ const (
 // said; rates are bytes a second.
 type Options struct {
 	StartDelay  time.Duration // before the first read
-	Slots       int           // buffers between reading and writing, 1 to 1024
+	Slots       int           // buffers between reading and writing, 1 to 1024 and 256 MiB together, at least one
 	PerPrefetch int64         // bytes a read, rounded up to whole blocks, at most 64 MiB
 
 	MinRead, MinWrite float64 // averages below which it may pause; negative: never
@@ -72,6 +73,7 @@ func (o Options) withDefaults(unit int64) Options {
 	}
 	o.PerPrefetch = min(o.PerPrefetch, max(maxPerPrefetch, unit))
 	o.PerPrefetch = (o.PerPrefetch + unit - 1) / unit * unit
+	o.Slots = int(max(1, min(int64(o.Slots), maxBuffers/o.PerPrefetch)))
 	if o.OrderReads < 1 || o.OrderReads > maxOrderReads {
 		o.OrderReads = DefaultOrderReads
 	}
