@@ -184,7 +184,7 @@ func (c *chain) openQcow2(n *node, f storage.File, layer int) (dev block.Device,
 	}
 	o := qcow2.Options{
 		ReadOnly: n.readOnly, Discard: c.discard(n), Writethrough: c.o.Writethrough || n.writethrough,
-		Discipline: c.discipline(n, layer), L2CacheSize: c.o.L2CacheSize, RefcountCacheSize: c.o.RefcountCacheSize,
+		Discipline: c.discipline(n, layer), JournalDataChecksums: layer == 0 && c.o.JournalDataChecksums, L2CacheSize: c.o.L2CacheSize, RefcountCacheSize: c.o.RefcountCacheSize,
 	}
 	if n.l2Cache != 0 {
 		o.L2CacheSize = n.l2Cache

@@ -55,7 +55,10 @@ type Options struct {
 
 	// Discipline says how metadata of the top layer becomes durable: one of qcow2.Disciplines, or "immediate" or
 	// "buffered" for the journal of an FVD image. "" is the default of its format.
-	Discipline        string
+	Discipline string
+	// JournalDataChecksums, for qcow2's discipline journal, is that option of package qcow2.
+	JournalDataChecksums bool
+
 	L2CacheSize       int64 // bytes, each qcow2 layer; 0 for its default
 	RefcountCacheSize int64 // bytes; 0 for the default
 

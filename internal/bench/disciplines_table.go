@@ -4,20 +4,12 @@ import (
 	"fmt"
 	"io"
 	"slices"
-	"strings"
-	"text/tabwriter"
 )
 
 // DisciplineReport is everything that was measured.
 type DisciplineReport struct {
 	Operations []DisciplineResult `json:"operations"`
 	Recovery   []RecoveryResult   `json:"recovery,omitempty"`
-}
-
-// table is rows of cells under a title; the first row is the header.
-type table struct {
-	title string
-	rows  [][]string
 }
 
 func (r *DisciplineReport) tables() []table {
@@ -98,38 +90,7 @@ func mapped(n int64) string {
 }
 
 // Write prints the report as aligned columns.
-func (r *DisciplineReport) Write(w io.Writer) error {
-	for i, t := range r.tables() {
-		if i > 0 {
-			fmt.Fprintln(w)
-		}
-		fmt.Fprintf(w, "%s:\n", t.title)
-		tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-		for _, row := range t.rows {
-			fmt.Fprintln(tw, strings.Join(row, "\t"))
-		}
-		if err := tw.Flush(); err != nil {
-			return err
-		}
-	}
-	return nil
-}
+func (r *DisciplineReport) Write(w io.Writer) error { return writeColumns(w, r.tables()) }
 
 // WriteMarkdown prints the report for documents.
-func (r *DisciplineReport) WriteMarkdown(w io.Writer) error {
-	var b strings.Builder
-	for i, t := range r.tables() {
-		if i > 0 {
-			b.WriteString("\n")
-		}
-		fmt.Fprintf(&b, "%s:\n\n", t.title)
-		for k, row := range t.rows {
-			fmt.Fprintf(&b, "| %s |\n", strings.Join(row, " | "))
-			if k == 0 {
-				fmt.Fprintf(&b, "|%s\n", strings.Repeat("---|", len(row)))
-			}
-		}
-	}
-	_, err := io.WriteString(w, b.String())
-	return err
-}
+func (r *DisciplineReport) WriteMarkdown(w io.Writer) error { return writeMarkdown(w, r.tables()) }

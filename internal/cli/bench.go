@@ -31,9 +31,10 @@ type benchFlags struct {
 	against    string
 	rounds     int
 	cache      string
-	discipline string
+	metadata   metadataFlags
 
 	disciplines disciplineFlags
+	fvd         fvdFlags
 }
 
 func newBenchCommand() *cobra.Command {
@@ -59,12 +60,22 @@ With --disciplines, the disciplines of qcow2 metadata are compared: fdatasyncs, 
 calls and bytes of metadata an operation, with --against qemu-nbd those of qemu-nbd as
 well, and with --recovery what the next open does after a crash.
 
+With --fvd, what FVD promises is measured (docs/fvd-performance.md); --workload chooses from
+` + strings.Join(bench.FVDMeasures(), ", ") + `.
+
+  files   small files created, written, synced, deleted in a guest's file system, on
+          qemu-nbd's qcow2, Platter's and FVD (Linux, as root: nbdfuse, losetup, strace)
+  boot    the start of a machine whose base image is far away (nbdkit)
+  load    a guest at work while its disk is prefetched
+  clones  many machines that start from one base image
+
 Times depend on the machine; compare only those of one run.`,
 		Example: `  platter bench
   platter bench --workload read-4k --depth 32 disk.qcow2
   platter bench --pid $(pidof qemu-nbd) "nbd+unix:///?socket=/run/disk.sock"
   platter bench --against qemu-nbd --strace
-  platter bench --disciplines --against qemu-nbd --recovery=1G,100G`,
+  platter bench --disciplines --against qemu-nbd --recovery=1G,100G
+  platter bench --fvd --workload boot --rounds 3`,
 		Args: cobra.ArbitraryArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return f.run(cmd, args)
@@ -84,11 +95,12 @@ Times depend on the machine; compare only those of one run.`,
 	fs.StringVar(&f.dir, "dir", "", "make new images in this directory (default: a temporary one)")
 	fs.StringVar(&f.against, "against", "", "compare platter serve with this server: qemu-nbd")
 	completeWith(cmd, "against", "qemu-nbd")
-	fs.IntVar(&f.rounds, "rounds", 2, "with --against: how often each server has its turn")
+	fs.IntVar(&f.rounds, "rounds", 2, "with --against and --fvd: how often each that is compared has its turn")
 	fs.StringVar(&f.cache, "cache", "writeback", "writeback, none or writethrough")
 	completeWith(cmd, "cache", "writeback", "none", "writethrough")
-	registerDiscipline(cmd, &f.discipline)
+	f.metadata.register(cmd)
 	f.disciplines.register(cmd)
+	f.fvd.register(cmd)
 	return cmd
 }
 
@@ -101,6 +113,9 @@ func benchHelp() string {
 }
 
 func (f *benchFlags) run(cmd *cobra.Command, args []string) error {
+	if f.fvd.wanted {
+		return f.runFVD(cmd, args)
+	}
 	if f.disciplines.wanted {
 		return f.runDisciplines(cmd, args)
 	}
@@ -126,7 +141,7 @@ func (f *benchFlags) run(cmd *cobra.Command, args []string) error {
 	if !ok || mode.unsafe {
 		return usagef(cmd, "--cache must be used with writeback, none or writethrough as argument")
 	}
-	options := mode.apply(image.Options{Discipline: f.discipline, Discard: true})
+	options := f.metadata.apply(mode.apply(image.Options{Discard: true}))
 	switch {
 	case len(args) > 1:
 		return usagef(cmd, "Expecting at most one image file name")
@@ -284,9 +299,7 @@ func (f *benchFlags) runAgainst(cmd *cobra.Command, workloads []bench.Workload) 
 		return err
 	}
 	flags := []string{"--cache", f.cache}
-	if f.discipline != "" {
-		flags = append(flags, "--discipline", f.discipline)
-	}
+	flags = append(flags, f.metadata.arguments()...)
 	v := &bench.Versus{
 		Servers: []bench.Server{bench.Platter(self, flags...), bench.QemuNBD("--cache=" + f.cache)},
 		Rounds:  f.rounds,

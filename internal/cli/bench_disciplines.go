@@ -23,7 +23,6 @@ func (d *disciplineFlags) register(cmd *cobra.Command) {
 	fs.BoolVar(&d.wanted, "disciplines", false, "measure what each discipline of qcow2 metadata costs")
 	fs.StringSliceVar(&d.recovery, "recovery", nil, "with --disciplines: crash images with so much of the disk mapped,\nand measure recovery ("+recoverySizes+" when no sizes are given)")
 	fs.Lookup("recovery").NoOptDefVal = recoverySizes
-	fs.Lookup("output").Usage = "`FORM` of the output: human, json, or with --disciplines markdown"
 }
 
 // runDisciplines measures the disciplines on new images.

@@ -37,7 +37,8 @@ Exit status: 0 every promise held, 2 a violation was found.`,
 		Example: `  platter crashlab --list
   platter crashlab --format qcow2 --discipline ordered --workload overlay --states 100000 --seed 7
   platter crashlab --format qcow2 --discipline journal --workload churn --mutant journal-no-wal
-  platter crashlab --format qcow2 --discipline lazy --workload mixed --output html > report.html`,
+  platter crashlab --format qcow2 --discipline lazy --workload mixed --output html > report.html
+  platter crashlab --format fvd --discipline buffered --workload copy-on-read`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if list {
@@ -47,10 +48,11 @@ Exit status: 0 every promise held, 2 a violation was found.`,
 				return usagef(cmd, "--output must be human, json or html, not %q", output)
 			}
 			c.Seed = opts.Seed
-			sc, err := crashcases.Scenario(c)
+			sc, models, err := crashcases.Scenario(c)
 			if err != nil {
 				return usagef(cmd, "%v (--list names what there is)", err)
 			}
+			opts.Models = models
 			r, err := crashlab.Explore(cmd.Context(), sc, opts)
 			if err != nil {
 				return err
@@ -67,7 +69,7 @@ Exit status: 0 every promise held, 2 a violation was found.`,
 	f := cmd.Flags()
 	f.BoolVar(&list, "list", false, "name formats, disciplines, workloads and mutants")
 	f.StringVar(&c.Format, "format", "qcow2", "format of the image")
-	f.StringVar(&c.Discipline, "discipline", "ordered", "metadata discipline")
+	f.StringVar(&c.Discipline, "discipline", "", "metadata discipline, of fvd its journal mode (default: the format's, see --list)")
 	f.StringVar(&c.Workload, "workload", "mixed", "what the guest does")
 	f.StringVar(&c.Mutant, "mutant", "", "a wrong order to switch on")
 	f.IntVar(&opts.States, "states", 20000, "crash states of the workload to explore, about")
@@ -90,13 +92,21 @@ func writeReport(w io.Writer, r *crashlab.Report, output string) error {
 func listCases(w io.Writer) error {
 	for _, f := range crashcases.Formats() {
 		fmt.Fprintf(w, "format %s\n", f.Name)
-		fmt.Fprintf(w, "  disciplines: %s\n  workloads:\n", strings.Join(f.Disciplines, ", "))
+		fmt.Fprintf(w, "  disciplines: %s (default %s)\n  workloads:\n", strings.Join(f.Disciplines, ", "), f.Default)
 		for _, l := range f.Workloads {
-			fmt.Fprintf(w, "    %-14s %s\n", l.Name, l.Description)
+			only := ""
+			if len(l.Disciplines) > 0 && len(l.Disciplines) < len(f.Disciplines) {
+				only = fmt.Sprintf(" (%s)", strings.Join(l.Disciplines, ", "))
+			}
+			fmt.Fprintf(w, "    %-14s %s%s\n", l.Name, l.Description, only)
 		}
 		fmt.Fprintln(w, "  mutants (workload that catches it; disciplines):")
 		for _, m := range f.Mutants {
-			if _, err := fmt.Fprintf(w, "    %-30s %s; %s\n", m.Name, m.Workload, strings.Join(m.Disciplines, ", ")); err != nil {
+			about := ""
+			if m.Description != "" {
+				about = "; " + m.Description
+			}
+			if _, err := fmt.Fprintf(w, "    %-30s %s; %s%s\n", m.Name, m.Workload, strings.Join(m.Disciplines, ", "), about); err != nil {
 				return err
 			}
 		}

@@ -16,14 +16,14 @@ import (
 
 func newIOCommand() *cobra.Command {
 	var (
-		open       openFlags
-		commands   []string
-		script     string
-		readOnly   bool
-		cache      string
-		discard    string
-		discipline string
-		grow       growFlag
+		open     openFlags
+		commands []string
+		script   string
+		readOnly bool
+		cache    string
+		discard  string
+		metadata metadataFlags
+		grow     growFlag
 	)
 	cmd := &cobra.Command{
 		Use:   "io [flags] IMAGE",
@@ -58,7 +58,7 @@ after it are carried out nevertheless.`,
 			if discard != "unmap" && discard != "ignore" {
 				return usagef(cmd, "--discard must be used with unmap or ignore as argument")
 			}
-			o := image.Options{ReadOnly: readOnly, Discard: discard == "unmap", Discipline: discipline}
+			o := metadata.apply(image.Options{ReadOnly: readOnly, Discard: discard == "unmap"})
 			img, err := open.open(cmd.Context(), args[0], mode.apply(grow.apply(cmd.Context(), o, args[0])))
 			if err != nil {
 				return err
@@ -97,7 +97,7 @@ after it are carried out nevertheless.`,
 	completeWith(cmd, "cache", cacheNames...)
 	fs.StringVarP(&discard, "discard", "d", "unmap", "what to do with space that is discarded: `MODE` is unmap or ignore")
 	completeWith(cmd, "discard", "unmap", "ignore")
-	registerDiscipline(cmd, &discipline)
+	metadata.register(cmd)
 	grow.register(fs)
 	return cmd
 }

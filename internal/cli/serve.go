@@ -4,19 +4,17 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
-	"github.com/platter-disk/platter/format/qcow2"
+	"github.com/platter-disk/platter/block"
 	"github.com/platter-disk/platter/image"
 	"github.com/platter-disk/platter/nbd"
 	"github.com/platter-disk/platter/nbd/server"
@@ -31,10 +29,12 @@ type serveFlags struct {
 	open    openFlags
 	tls     serveTLS
 	sockets listenFlags
+	base    prefetchFlags
 
 	exports    []string
 	readOnly   bool
-	discipline string
+	metadata   metadataFlags
+	grow       growFlag
 	cache      string
 	discard    string
 	create     string
@@ -80,33 +80,36 @@ one for each image in the same order. A client that names no export gets the fir
 	fs.StringVar(&f.sockets.tcp, "listen", "", "listen on TCP at `HOST:PORT`; an empty HOST is every address")
 	fs.StringArrayVar(&f.exports, "export", nil, "`NAME` of the export; once for each image (default: no name for\na single image, else the base name)")
 	fs.BoolVarP(&f.readOnly, "read-only", "r", false, "refuse every change")
-	registerDiscipline(cmd, &f.discipline)
+	f.metadata.register(cmd)
 	fs.StringVar(&f.cache, "cache", "writeback", "`MODE` is writeback, none (past the page cache, O_DIRECT) or writethrough\n(every change durable before it is acknowledged)")
 	completeWith(cmd, "cache", "writeback", "none", "writethrough")
 	fs.StringVar(&f.discard, "discard", "unmap", "what to do with space that a client discards: `MODE` is unmap\n(give it back to the file system) or ignore")
 	completeWith(cmd, "discard", "unmap", "ignore")
 	fs.StringVar(&f.create, "create", "", "make a disk of `SIZE` bytes where the image does not exist (qcow2,\nunless --format says otherwise)")
 	fs.StringVar(&f.l2Cache, "l2-cache-size", "", "`SIZE` of the cache for the tables of each image (default: by the disk's size)")
-	fs.StringVar(&f.control, "control", "", "accept commands on a Unix socket at `PATH`: HTTP with JSON,\nGET /status, POST /flush, POST /quit")
+	fs.StringVar(&f.control, "control", "", "accept commands on a Unix socket at `PATH`: HTTP with JSON,\nGET /status, POST /flush, POST /quit, POST /prefetch/pause, POST\n/prefetch/resume; platter prefetch --control asks there")
 	fs.IntVar(&f.maxConns, "max-connections", 128, "`N` connections at a time; further ones are closed at once")
 	fs.StringVar(&f.maxRequest, "max-request", "32M", "`SIZE` of the largest read or write of a client, 64k to 1G")
 	fs.BoolVarP(&f.verbose, "verbose", "v", false, "log every connection and every refused request")
+	f.grow.register(fs)
+	f.base.register(cmd)
 	f.tls.register(fs)
 	return cmd
 }
 
-// registerDiscipline adds --discipline.
-func registerDiscipline(cmd *cobra.Command, value *string) {
-	names := qcow2.Disciplines()
-	cmd.Flags().StringVar(value, "discipline", "", "`NAME` says how the metadata of qcow2 images becomes durable:\n"+
-		strings.Join(names, ", ")+" (default: what the image asks for)")
-	completeWith(cmd, "discipline", names...)
-}
-
 // export is an image that is served, and under which name.
 type export struct {
-	name  string
-	image *image.Image
+	name    string
+	image   *image.Image
+	fetcher *fetcher // nil: nothing is copied from a base image
+}
+
+// device is what clients use.
+func (e *export) device() block.Device {
+	if e.fetcher != nil {
+		return e.fetcher.disk
+	}
+	return e.image
 }
 
 func (f *serveFlags) run(cmd *cobra.Command, args []string) (err error) {
@@ -120,13 +123,22 @@ func (f *serveFlags) run(cmd *cobra.Command, args []string) (err error) {
 	exports, err := f.openImages(ctx, cmd, args, options)
 	defer func() {
 		for _, e := range exports {
-			if cerr := e.image.Close(); cerr != nil {
+			if e.fetcher != nil {
+				e.fetcher.stop()
+			}
+			if cerr := e.device().Close(); cerr != nil {
 				err = errors.Join(err, fmt.Errorf("closing '%s': %w", e.image.Name(), cerr))
 			}
 		}
 	}()
 	if err != nil {
 		return err
+	}
+	for i := range exports {
+		e := &exports[i]
+		if e.fetcher, err = f.base.newFetcher(e.image, e.name, i, config.Logger); err != nil {
+			return err
+		}
 	}
 	srv, err := server.New(config)
 	if err != nil {
@@ -137,7 +149,7 @@ func (f *serveFlags) run(cmd *cobra.Command, args []string) (err error) {
 			Name:           e.name,
 			Default:        i == 0,
 			Description:    filepath.Base(e.image.Name()),
-			Device:         e.image,
+			Device:         e.device(),
 			ReadOnly:       f.readOnly,
 			PreferredBlock: preferredBlock(e.image.Limits().Preferred),
 		}); err != nil {
@@ -176,6 +188,11 @@ func (f *serveFlags) run(cmd *cobra.Command, args []string) (err error) {
 		})
 	}
 	announce(cmd, listeners, exports, f.tls.required)
+	for _, e := range exports {
+		if e.fetcher != nil {
+			e.fetcher.start()
+		}
+	}
 
 	<-ctx.Done()
 	config.Logger.Info("ending: finishing requests, flushing, closing")
@@ -198,9 +215,8 @@ func (f *serveFlags) parse(cmd *cobra.Command, args []string) (server.Config, im
 		MaxConnections: f.maxConns,
 	}
 	options := image.Options{
-		ReadOnly:   f.readOnly,
-		Discipline: f.discipline,
-		Discard:    f.discard == "unmap",
+		ReadOnly: f.readOnly,
+		Discard:  f.discard == "unmap",
 	}
 	fail := func(err error) (server.Config, image.Options, error) { return config, options, err }
 	if len(args) == 0 {
@@ -212,11 +228,14 @@ func (f *serveFlags) parse(cmd *cobra.Command, args []string) (server.Config, im
 	if n := len(f.exports); n > 0 && n != len(args) {
 		return fail(usagef(cmd, "%d --export for %d images: give one for each, or none", n, len(args)))
 	}
+	if err := f.base.check(cmd, len(args), f.readOnly); err != nil {
+		return fail(err)
+	}
 	mode, ok := parseCache(f.cache)
 	if !ok || mode.unsafe {
 		return fail(usagef(cmd, "--cache must be used with writeback, none or writethrough as argument"))
 	}
-	options = mode.apply(options)
+	options = f.metadata.apply(mode.apply(options))
 	if f.discard != "unmap" && f.discard != "ignore" {
 		return fail(usagef(cmd, "--discard must be used with unmap or ignore as argument"))
 	}
@@ -253,7 +272,7 @@ func (f *serveFlags) openImages(ctx context.Context, cmd *cobra.Command, names [
 		if err := f.createMissing(ctx, cmd, name); err != nil {
 			return exports, err
 		}
-		img, err := f.open.open(ctx, name, o)
+		img, err := f.open.open(ctx, name, f.grow.apply(ctx, o, name))
 		if err != nil {
 			return exports, err
 		}
@@ -358,16 +377,17 @@ func closeAll(listeners []net.Listener) {
 	}
 }
 
-// announce prints the URI of the first export on the first socket, the line that scripts wait for. The other
-// ways to connect follow on standard error.
+// announce prints the URI of the first export on the first socket, the line that scripts wait for, and before it
+// the other ways to connect on standard error.
 func announce(cmd *cobra.Command, listeners []net.Listener, exports []export, secure bool) {
-	var out io.Writer = cmd.OutOrStdout()
-	for _, e := range exports {
-		for _, l := range listeners {
-			fmt.Fprintln(out, exportURI(l.Addr(), e.name, secure))
-			out = cmd.ErrOrStderr()
+	for i, e := range exports {
+		for j, l := range listeners {
+			if i > 0 || j > 0 {
+				fmt.Fprintln(cmd.ErrOrStderr(), exportURI(l.Addr(), e.name, secure))
+			}
 		}
 	}
+	fmt.Fprintln(cmd.OutOrStdout(), exportURI(listeners[0].Addr(), exports[0].name, secure))
 }
 
 // exportURI is the address of an export as NBD clients read it.

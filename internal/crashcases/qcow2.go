@@ -16,13 +16,15 @@ type qcow2Workload struct {
 	Workload
 	create  qcow2.CreateOptions
 	backing int64 // bytes of a raw backing file; 0: none
+	data    bool  // the clusters are in an external data file
 	discard bool
 	caches  int64 // bytes of the table caches; 0: the default
 	watch   []crashlab.Range
 	ranges  []crashlab.Range // that are used and watched; nil: the disk, or watch
 	work    func(seed uint64) func(g *crashlab.Guest) error
 
-	snapshots *snapshotHistory // nil: none are taken
+	copyOnRead bool             // what is read of the backing file is kept
+	snapshots  *snapshotHistory // nil: none are taken
 }
 
 const (
@@ -32,6 +34,9 @@ const (
 	reserve = 2
 
 	growSteps, growBy = 4, 96 * kib
+
+	// journalSums is the discipline journal with checksums of the data that a commit exposes.
+	journalSums = "journal-data-checksums"
 )
 
 // mixWork is a workload of random requests.
@@ -84,9 +89,27 @@ func qcow2Workloads() []qcow2Workload {
 			discard:  true, caches: 1,
 			work: mixWork(crashlab.Mix{Requests: 30, Workers: 3, MaxLength: 4 * kib, Write: 8, Unmap: 1, Discard: 2, Flush: 2, Check: 1}),
 		}, {
+			Workload: Workload{
+				Name: "parallel-overlay", Description: "three workers at once over a backing file, each flushing and overwriting what was just copied up",
+				Disciplines: []string{qcow2.Journal, journalSums},
+			},
+			create:  qcow2.CreateOptions{Size: 24 * kib, ClusterSize: 1024},
+			backing: 24 * kib, discard: true,
+			work: mixWork(crashlab.Mix{Requests: 30, Workers: 3, MaxLength: 3 * kib, Write: 10, Zero: 1, Unmap: 1, Discard: 1, Flush: 5, Check: 1}),
+		}, {
 			Workload: Workload{Name: "compressed", Description: "packed compressed clusters, overwritten and written again"},
 			create:   qcow2.CreateOptions{Size: 32 * kib, ClusterSize: 4096, RefcountBits: 8},
 			work:     compressedWork,
+		}, {
+			Workload: Workload{Name: "data-file", Description: "small writes over a backing file, into an external data file"},
+			create:   qcow2.CreateOptions{Size: 32 * kib, ClusterSize: 4096},
+			backing:  32 * kib, data: true, discard: true,
+			work: mixWork(crashlab.Mix{Requests: 60, MaxLength: 6 * kib, Write: 10, Zero: 1, Unmap: 2, Discard: 2, Flush: 4, Check: 1}),
+		}, {
+			Workload: Workload{Name: "data-file-raw", Description: "an external data file that is the disk at all times"},
+			create:   qcow2.CreateOptions{Size: 32 * kib, ClusterSize: 4096, DataFileRaw: true},
+			data:     true, discard: true,
+			work: mixWork(crashlab.Mix{Requests: 60, MaxLength: 6 * kib, Write: 10, Zero: 1, Unmap: 2, Discard: 2, Flush: 4, Check: 1}),
 		}, {
 			Workload: Workload{Name: "grow", Description: "refcount blocks and table, L1 table and disk grow"},
 			create:   qcow2.CreateOptions{Size: 64 * kib, ClusterSize: 512, RefcountBits: 64},
@@ -113,6 +136,7 @@ func qcow2Workloads() []qcow2Workload {
 			snapshots: long,
 			work:      long.work("cadc", crashlab.Mix{Requests: 8, MaxLength: 48 * kib, Write: 1}),
 		},
+		qcow2CopyOnRead(),
 	}
 }
 
@@ -163,7 +187,7 @@ func growWork(seed uint64) func(g *crashlab.Guest) error {
 }
 
 func qcow2Format() Format {
-	f := Format{Name: "qcow2", Disciplines: qcow2.Disciplines(), scenario: qcow2Scenario}
+	f := Format{Name: "qcow2", Disciplines: append(qcow2.Disciplines(), journalSums), Default: qcow2.Ordered, scenario: qcow2Scenario}
 	for _, w := range qcow2Workloads() {
 		f.Workloads = append(f.Workloads, w.Workload)
 	}
@@ -173,11 +197,15 @@ func qcow2Format() Format {
 		qcow2.MutantNoWAL: "churn", qcow2.MutantNoCheckpointB: "churn", qcow2.MutantRingEarly: "churn",
 		qcow2.MutantRevokeIgnored: "grow", qcow2.MutantStaleCopied: "snapshot", qcow2.MutantInPlaceL1: "snapshot-apply",
 		qcow2.MutantOpstateIgnored: "snapshot-long",
+		qcow2.MutantSumsIgnored:    "overlay", qcow2.MutantOverwriteEarly: "overlay",
 	}
 	for m, disciplines := range qcow2.Mutants() {
 		workload := catch[m]
 		if workload == "" {
 			workload = "mixed"
+		}
+		if m == qcow2.MutantSumsIgnored || m == qcow2.MutantOverwriteEarly {
+			disciplines = []string{journalSums}
 		}
 		f.Mutants = append(f.Mutants, Mutant{Name: string(m), Disciplines: disciplines, Workload: workload})
 	}
@@ -212,6 +240,9 @@ func qcow2Scenario(c Case) (crashlab.Scenario, error) {
 	if w.backing > 0 {
 		sc.Files = append(sc.Files, crashlab.FileSpec{Name: "backing"})
 	}
+	if w.data {
+		sc.Files = append(sc.Files, crashlab.FileSpec{Name: "data"})
+	}
 	return sc, nil
 }
 
@@ -220,14 +251,12 @@ func (w *qcow2Workload) prepare(files []storage.File) error {
 	o := w.create
 	if w.backing > 0 {
 		o.BackingFile, o.BackingFormat, o.BackingSize = "backing", "raw", w.backing
-		p := make([]byte, w.backing)
-		r := newRand(99)
-		for i := range p {
-			p[i] = byte(r.Uint32()) | 1
-		}
-		if _, err := files[1].WriteAt(p, 0); err != nil {
+		if err := fillUnique(files[1], w.backing); err != nil {
 			return err
 		}
+	}
+	if w.data {
+		o.DataFileName, o.DataFile = "data", files[len(files)-1]
 	}
 	return qcow2.Create(files[0], o)
 }
@@ -235,20 +264,34 @@ func (w *qcow2Workload) prepare(files []storage.File) error {
 func (w *qcow2Workload) open(files []storage.File, c Case) (crashlab.Subject, error) {
 	o := qcow2.Options{
 		Discipline: c.Discipline, L2CacheSize: w.caches, RefcountCacheSize: w.caches, Discard: w.discard,
-		Reserve: reserve, JournalSize: 1, Mutant: qcow2.Mutant(c.Mutant),
+		Reserve: reserve, JournalSize: 1, JournalCommitInterval: -1, Mutant: qcow2.Mutant(c.Mutant),
 	}
-	if w.backing > 0 {
-		backing, err := raw.Open(files[1], raw.Options{ReadOnly: true})
+	if c.Discipline == journalSums {
+		o.Discipline, o.JournalDataChecksums = qcow2.Journal, true
+	}
+	h, err := qcow2.ReadHeader(files[0])
+	if err != nil {
+		return nil, err
+	}
+	if h.BackingFile != "" { // once it is let go the disk has to do without
+		backing, err := raw.Open(sealed{files[1]}, raw.Options{ReadOnly: true})
 		if err != nil {
 			return nil, err
 		}
 		o.Backing = backing
 	}
+	if w.data {
+		o.DataFile = files[len(files)-1]
+	}
 	im, err := qcow2.Open(files[0], o)
 	if err != nil {
 		return nil, err
 	}
-	return &qcow2Subject{Image: im, check: func() error { return w.check(files[0], c.Discipline) }}, nil
+	s := &qcow2Subject{Image: im, check: func() error { return w.check(files[0], c.Discipline) }}
+	if w.copyOnRead {
+		return s.keepCopies(w.create.ClusterSize, w.backing), nil
+	}
+	return s, nil
 }
 
 // check finds nothing but what the discipline may leave.
@@ -264,7 +307,7 @@ func (w *qcow2Workload) check(f storage.File, discipline string) error {
 // leak under a discipline, by its promise.
 func leakBound(discipline string) int64 {
 	switch discipline {
-	case qcow2.Journal, qcow2.Lazy:
+	case qcow2.Journal, journalSums, qcow2.Lazy:
 		return 0
 	}
 	// The reserve, what is in transit and in quarantine, and what the operations in flight take.
@@ -278,11 +321,7 @@ type qcow2Subject struct {
 }
 
 func (s *qcow2Subject) WriteZeroes(off, length int64, unmap bool) error {
-	var flags block.ZeroFlags
-	if unmap {
-		flags = block.MayUnmap
-	}
-	return s.Image.WriteZeroes(off, length, flags)
+	return s.Image.WriteZeroes(off, length, zeroFlags(unmap))
 }
 
 // Check finds nothing but what the discipline may leave.

@@ -218,17 +218,9 @@ func checkInterrupted(f storage.File) error {
 	if checkQcow2(f, 1<<30) == nil {
 		return nil
 	}
-	size, err := f.Size()
-	if err != nil {
-		return err
-	}
-	p := make([]byte, size)
-	if err := storage.ReadFull(f, p, 0); err != nil {
-		return err
-	}
 	copiedAway := regexp.MustCompile("^Repairing OFLAG_COPIED .*entry=[89a-f][0-9a-f]{15} ") // bit 63 was set
-	repaired := storage.NewMemory("copy")
-	if _, err := repaired.WriteAt(p, 0); err != nil {
+	repaired, err := copyOf(f)
+	if err != nil {
 		return err
 	}
 	var shared error

@@ -1,0 +1,5 @@
+//go:build !race
+
+package crashcases
+
+const fewStates = 250
