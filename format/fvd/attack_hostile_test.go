@@ -7,7 +7,6 @@ import (
 	"runtime"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/platter-disk/platter/block"
 	"github.com/platter-disk/platter/storage"
@@ -36,24 +35,27 @@ func allocated(fn func()) uint64 {
 	return after.TotalAlloc - before.TotalAlloc
 }
 
-// farChunk is an image whose storage is a hole of 1 TiB and whose table names the last of its 2^31 chunks.
+// farChunk is an image whose storage is a hole of 1 TiB and whose table names the last of its 2^31 chunks; with the
+// race detector, of its 2^25.
 func farChunk(t *testing.T, clean bool) *storage.Memory {
 	h := &Header{
 		Version: 1, CleanShutdown: clean, FullyPrefetched: true, VirtualSize: 64 << 10, ChunkSize: 512, GrowUnit: 512,
 		JournalOffset: 8192, JournalSize: 8192, TableOffset: 16384, TableSize: 4096, DataOffset: 20480,
 	}
-	const last = maxChunks - 1
+	last := int64(maxChunks - 1)
+	if raceEnabled {
+		last >>= 6
+	}
 	f := craft(t, h, int64(h.DataOffset)+(last+1)*512)
 	must(t, fillJournal(f, h))
 	must(t, fill(f, h.TableOffset, h.TableSize, table{}.encodePage))
-	setEntry(t, f, h, 5, last)
+	setEntry(t, f, h, 5, uint32(last))
 	return f
 }
 
 func TestFarChunk(t *testing.T) {
 	for _, clean := range []bool{true, false} {
 		f := farChunk(t, clean)
-		start := time.Now()
 		spent := allocated(func() {
 			_, err := Open(f, Options{MaxMetadata: 1 << 20})
 			if err == nil || !strings.Contains(err.Error(), "memory") {
@@ -72,20 +74,19 @@ func TestFarChunk(t *testing.T) {
 		if spent > 300<<20 { // a bit a chunk, 256 MiB
 			t.Errorf("clean %v: opening it took %d bytes", clean, spent)
 		}
-		if took := time.Since(start); took > 20*time.Second {
-			t.Errorf("clean %v: opening it took %v", clean, took)
-		}
 	}
 }
 
-// extentCounter counts the questions for extents.
+// extentCounter counts the questions for extents, and the bytes that they are about.
 type extentCounter struct {
 	*storage.Memory
-	n int
+	n     int
+	asked int64
 }
 
 func (f *extentCounter) DataExtents(off, n int64, fn func(storage.Extent) bool) error {
 	f.n++
+	f.asked += n
 	return f.Memory.DataExtents(off, n, fn)
 }
 
@@ -111,12 +112,13 @@ func TestCheckOfFarChunk(t *testing.T) {
 	}
 }
 
-// TestJournalOfHugeRanges: a journal full of records that each set all bits of a large bitmap takes the time of reading it.
+// TestJournalOfHugeRanges: a journal full of records that each set all bits of a large bitmap takes the time of
+// reading it. Record by record it would take hours.
 func TestJournalOfHugeRanges(t *testing.T) {
-	const bits = 1 << 27
+	const bits, journal = 1 << 27, 4 << 20
 	h := &Header{
 		Version: 1, VirtualSize: bits * 512, BaseImage: "base", BaseSize: bits * 512, BlockSize: 512, BytesPerPrefetch: 512, PrefetchSlots: 1,
-		BitmapOffset: 8192, BitmapSize: bits / 8, JournalOffset: 8192 + bits/8, JournalSize: 1 << 20, DataOffset: 8192 + bits/8 + 1<<20,
+		BitmapOffset: 8192, BitmapSize: bits / 8, JournalOffset: 8192 + bits/8, JournalSize: journal, DataOffset: 8192 + bits/8 + journal,
 	}
 	f := craft(t, h, int64(h.DataOffset)+4096)
 	sector := make([]byte, 0, sectorSize)
@@ -127,11 +129,7 @@ func TestJournalOfHugeRanges(t *testing.T) {
 		_, err := f.WriteAt(sector, int64(h.JournalOffset)+off)
 		must(t, err)
 	}
-	start := time.Now()
 	im := opened(t, f, Options{ReadOnly: true, NoBase: true})
-	if took := time.Since(start); took > 10*time.Second && !raceEnabled {
-		t.Errorf("opening it took %v", took)
-	}
 	if n := im.m.fresh.count(); n != bits {
 		t.Errorf("%d bits are set, want %d", n, bits)
 	}
@@ -254,8 +252,10 @@ func TestExtentsOfFragments(t *testing.T) {
 		_, err := f.WriteAt([]byte{1}, int64(h.DataOffset)+c*4096)
 		must(t, err)
 	}
-	im := opened(t, f, Options{ReadOnly: true})
-	start, n, at := time.Now(), 0, int64(0)
+	counter := &extentCounter{Memory: f}
+	im, err := Open(counter, Options{ReadOnly: true})
+	must(t, err)
+	n, at := 0, int64(0)
 	must(t, im.Extents(0, im.Size(), func(e block.Extent) bool {
 		if e.Offset != at {
 			t.Fatalf("extent at %d, want %d", e.Offset, at)
@@ -264,15 +264,15 @@ func TestExtentsOfFragments(t *testing.T) {
 		n++
 		return true
 	}))
-	if took := time.Since(start); n < chunks || at != im.Size() || took > 5*time.Second {
-		t.Errorf("%d extents to %d in %v", n, at, took)
-	} else {
-		t.Logf("%d extents in %v", n, took)
+	most := int64(n/extentBatch+2) * lookAhead * 4096
+	if n < chunks || at != im.Size() || counter.asked > most {
+		t.Errorf("%d extents to %d, for which %d bytes were asked about, at most %d", n, at, counter.asked, most)
 	}
 	must(t, im.Close())
 }
 
-// TestAllocationAfterMassDiscard: a chunk is not sought among all those that wait to be used again.
+// TestAllocationAfterMassDiscard: a chunk is not sought among all those that wait to be used again, which would take
+// longer than a test may.
 func TestAllocationAfterMassDiscard(t *testing.T) {
 	const chunks = 1 << 20
 	f := made(t, CreateOptions{Size: chunks * 512, Compact: true, ChunkSize: 4096, GrowUnit: chunks * 512})
@@ -287,12 +287,8 @@ func TestAllocationAfterMassDiscard(t *testing.T) {
 		}
 	}
 	a.mu.Unlock()
-	start := time.Now()
-	for i := range int64(5000) {
+	for i := range int64(20_000) {
 		put(t, im, i*4096, filled(1, 512))
-	}
-	if took := time.Since(start); took > 5*time.Second {
-		t.Errorf("5000 writes took %v", took)
 	}
 	im.m.fail("the end of the test", errBroken) // the chunks above are made up
 	if err := im.Close(); !errors.Is(err, errBroken) {

@@ -16,7 +16,7 @@ import (
 // awaitEntry waits until chunk c's entry is as ok wants it.
 func awaitEntry(t *testing.T, im *Image, c chunkIndex, ok func(entry) bool) {
 	t.Helper()
-	for end := time.Now().Add(10 * time.Second); !ok(im.m.table.get(c)); time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(time.Minute); !ok(im.m.table.get(c)); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatalf("entry %d is %#x", c, im.m.table.get(c))
 		}
