@@ -59,14 +59,10 @@ func TestConvertSkipsWhatIsZero(t *testing.T) {
 // TestConvertHugeEmpty: an empty disk of 1 TiB takes no reads and no writes.
 func TestConvertHugeEmpty(t *testing.T) {
 	src, dst := &hugeEmpty{}, &hugeEmpty{}
-	start := time.Now()
 	var last int64
 	err := Convert(t.Context(), src, dst, ConvertOptions{TargetIsZero: true, Progress: func(done, total int64) { last = done }})
 	if err != nil {
 		t.Fatal(err)
-	}
-	if d := time.Since(start); d > 5*time.Second {
-		t.Errorf("took %v", d)
 	}
 	if last != 0 {
 		t.Errorf("progress counts %d bytes of data, expected none", last)

@@ -167,25 +167,22 @@ func TestHandshakeAbuse(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			x := connect(t, s)
-			begin := time.Now()
 			x.write(say)
 			x.ended()
-			if time.Since(begin) > 5*time.Second {
-				t.Errorf("it took %v", time.Since(begin))
-			}
 		})
 	}
 	t.Run("a byte at a time", func(t *testing.T) {
 		x := connect(t, s)
-		begin := time.Now()
+		ended := false
 		for _, b := range slices.Concat(good, slices.Repeat(nbd.AppendOption(nil, 99, nil), 100)) {
 			if _, err := x.Write([]byte{b}); err != nil {
+				ended = true
 				break
 			}
 			time.Sleep(5 * time.Millisecond)
 		}
-		if took := time.Since(begin); took > 3*time.Second {
-			t.Errorf("a slow handshake lasted %v", took)
+		if !ended {
+			t.Error("a handshake may last as long as the client likes")
 		}
 	})
 	enter(t, s, nbd.StructuredReplies).alive()
