@@ -153,6 +153,9 @@ func resolveCreateBacking(ctx context.Context, format, name string, o *CreateOpt
 	if err != nil {
 		return qemuError("%w\nCould not open backing image.", err)
 	}
+	if err := o.sparesChain(at, c.layers); err != nil {
+		return errors.Join(err, backing.dev.Close())
+	}
 	o.BackingSize = backing.dev.Size()
 	if err := backing.dev.Close(); err != nil {
 		return err
@@ -165,6 +168,22 @@ func resolveCreateBacking(ctx context.Context, format, name string, o *CreateOpt
 	}
 	if noSize {
 		o.Size = o.BackingSize
+	}
+	return nil
+}
+
+// sparesChain refuses to overwrite a file of the chain that the new image is to lie over.
+func (o *CreateOptions) sparesChain(at *location, chain []Layer) error {
+	made := []string{at.path}
+	if data, err := parseLocation(o.DataFileName); err == nil && data.local() {
+		made = append(made, data.path)
+	}
+	for _, path := range made {
+		for _, l := range chain {
+			if sameFile(path, l.Name) || l.DataFile != "" && sameFile(path, l.DataFile) {
+				return qemuError("Error: Trying to create '%s', which is a file of the backing chain", printable(path))
+			}
+		}
 	}
 	return nil
 }

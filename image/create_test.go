@@ -70,6 +70,7 @@ func TestCreateErrors(t *testing.T) {
 	dir := t.TempDir()
 	t.Chdir(dir)
 	create(t, "qcow2", "base", sized(mib))
+	create(t, "qcow2", "middle", image.CreateOptions{CreateOptions: qcow2.CreateOptions{Size: mib, BackingFile: "base", BackingFormat: "qcow2"}})
 	backed := func(size int64, file, format string) image.CreateOptions {
 		return image.CreateOptions{CreateOptions: qcow2.CreateOptions{Size: size, BackingFile: file, BackingFormat: format}}
 	}
@@ -83,6 +84,8 @@ func TestCreateErrors(t *testing.T) {
 	badData.DataFileName = "no/data"
 	sameData := sized(mib)
 	sameData.DataFileName = "new"
+	overBase := backed(-1, "middle", "qcow2")
+	overBase.DataFileName = "file:base"
 	for _, test := range []struct {
 		name, format string
 		o            image.CreateOptions
@@ -101,6 +104,8 @@ func TestCreateErrors(t *testing.T) {
 		{"new", "qcow2", backed(-1, "foo:x", "raw"), "Unknown protocol 'foo'"},
 		{"base", "qcow2", backed(-1, "base", "qcow2"), "Trying to create an image with the same filename as the backing file"},
 		{"./base", "qcow2", backed(-1, filepath.Join(dir, "base"), "qcow2"), "Trying to create an image with the same filename as the backing file"},
+		{"base", "qcow2", backed(-1, "middle", "qcow2"), "Trying to create 'base', which is a file of the backing chain"},
+		{"new", "qcow2", overBase, "Trying to create 'base', which is a file of the backing chain"},
 		{"no/new", "qcow2", sized(mib), "Could not create 'no/new': No such file or directory"},
 		{dir, "qcow2", sized(mib), "found a directory"},
 		{"foo:x", "qcow2", sized(mib), "Unknown protocol 'foo'"},

@@ -115,11 +115,14 @@ func (d *journal) replaceHeader(edit func(*Header)) error {
 	im := d.im
 	im.mu.Lock()
 	defer im.mu.Unlock()
-	// A session that has yet to begin will need room for its extension.
+	// A session that has yet to begin will write its extension.
 	trial := *im.header
 	edit(&trial)
-	trial.Journal = &d.ext
-	if _, err := trial.Encode(); err != nil {
+	edited, err := trial.Encode()
+	if err == nil {
+		err = d.headerHasRoom(edited, &trial)
+	}
+	if err != nil {
 		return fmt.Errorf("%s: with the journal's extension: %w", im.file.Name(), err)
 	}
 	return im.editHeader(edit)

@@ -143,8 +143,8 @@ func (im *Image) dataExtents(e block.Extent, fn func(block.Extent) bool) (more b
 	return more, err
 }
 
-// backingExtents reports a run that the backing device decides. The device may be detached meanwhile: what it has
-// not told by then reads as zeros.
+// backingExtents reports a run that the backing device decides. The device may be detached meanwhile: the image is
+// asked again about what it has not told by then, because some of that may have been copied into the image before.
 func (im *Image) backingExtents(e block.Extent, fn func(block.Extent) bool) (more bool, err error) {
 	more = true
 	at, end := e.Offset, e.Offset+e.Length
@@ -158,7 +158,10 @@ func (im *Image) backingExtents(e block.Extent, fn func(block.Extent) bool) (mor
 		})
 	}
 	if more && at < end && im.backing.get() == nil {
-		return fn(block.Extent{Offset: at, Length: end - at, Zero: true, HostOffset: -1}), nil
+		err = im.extents(at, end-at, func(e block.Extent) bool {
+			more = fn(e)
+			return more
+		})
 	}
 	return more, err
 }

@@ -63,11 +63,11 @@ func newJournal(im *Image) (*journal, error) {
 		d.ext = *j
 	} else {
 		d.ext.BlockOrder = min(defaultBlockOrder, im.header.ClusterBits)
-		h := *im.header
-		h.Journal = &d.ext
+	}
+	if im.header.Incompatible&IncompatJournal == 0 { // a session that is resumed leaves the header alone
 		old, err := im.readHeaderCluster()
 		if err == nil {
-			_, err = im.headerSteps(old, &h)
+			err = d.headerHasRoom(old, im.header)
 		}
 		if err != nil {
 			return nil, fmt.Errorf("discipline %q: no room for its header extension: %w", Journal, err)

@@ -23,7 +23,7 @@ func (d *journal) regionSize() int64 {
 
 // begin starts a session: a place for the journal, its first superblock, the extension in the header, and
 // then, once all that is durable, the feature bit. The caller holds commits and Image.mu.
-func (d *journal) begin() error {
+func (d *journal) begin() (err error) {
 	im := d.im
 	size := d.regionSize()
 	start, err := im.alloc.freeRegion(im.geo.clusterOf(hostOff(d.ext.Offset)), size>>im.geo.clusterBits)
@@ -38,6 +38,11 @@ func (d *journal) begin() error {
 	if err := d.identify(d.ext.UUID[:]); err != nil {
 		return err
 	}
+	defer func() {
+		if err != nil {
+			im.alloc.journal = hostRun{} // the next attempt may have the same place
+		}
+	}()
 	d.super = superblock{
 		uuid: d.ext.UUID, generation: 1, blocks: d.ext.ringBlocks(), blockSize: uint32(d.ext.blockSize()),
 		minSize: uint64(im.alloc.end.Load()), tail: 1, tailTx: 1,
@@ -53,8 +58,7 @@ func (d *journal) begin() error {
 		return err
 	}
 	h := im.header
-	h.Journal = &d.ext
-	if err := im.rewriteHeader(); err != nil {
+	if err := im.editHeader(func(h *Header) { h.Journal = &d.ext }); err != nil {
 		return err
 	}
 	h.Incompatible |= IncompatJournal
@@ -82,6 +86,18 @@ func (d *journal) resume(l *journalLog, o operation) error {
 		return err
 	}
 	return im.syncFiles()
+}
+
+// headerHasRoom returns an error unless the header cluster raw, of which h is what it says, can come to hold the
+// extension of any session.
+func (d *journal) headerHasRoom(raw []byte, h *Header) error {
+	next, ext := *h, d.ext
+	for i := range ext.UUID {
+		ext.UUID[i] ^= 0xff
+	}
+	next.Journal = &ext
+	_, err := d.im.headerSteps(raw, &next)
+	return err
 }
 
 // identify makes a random identity.

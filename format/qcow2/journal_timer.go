@@ -75,7 +75,7 @@ func (d *journal) tick() {
 // commits.
 func (d *journal) commitIdle() error {
 	if d.idle.closed {
-		return nil
+		return d.im.errClosed() // success would tell a flush that waits that it has nothing left to do
 	}
 	d.im.mu.Lock()
 	idle := d.tx.empty() && d.inDoubt()

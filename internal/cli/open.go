@@ -98,7 +98,7 @@ func (f *openFlags) open(ctx context.Context, name string, o image.Options) (*im
 // result, an image whose File it is.
 func (f *openFlags) openFile(ctx context.Context, name string, readOnly bool) (img *image.Image, format string, err error) {
 	o := image.Options{ReadOnly: readOnly, NoBacking: true}
-	if f.imageOpts || strings.HasPrefix(name, "json:") || strings.HasPrefix(name, "driver=") {
+	if f.imageOpts || hasOptions(name) {
 		if !readOnly {
 			return nil, "", fmt.Errorf("Could not open '%s': to change the image as a file, a file name or URI is needed, not options", name)
 		}
@@ -123,6 +123,11 @@ func (f *openFlags) openFile(ctx context.Context, name string, readOnly bool) (i
 		return nil, "", errors.Join(fmt.Errorf("Could not open '%s': %w", name, err), img.Close())
 	}
 	return img, format, nil
+}
+
+// hasOptions tells whether a name consists of options.
+func hasOptions(name string) bool {
+	return strings.HasPrefix(name, "json:") || strings.HasPrefix(name, "driver=")
 }
 
 // warnProbedRaw warns, as qemu-img does, when an image that is to be changed was only guessed to be raw.

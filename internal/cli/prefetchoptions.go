@@ -204,7 +204,7 @@ func profileFile(name, imageName string) (string, error) {
 	if name != profileAuto {
 		return name, nil
 	}
-	if nbd.IsURI(imageName) || strings.HasPrefix(imageName, "json:") || strings.HasPrefix(imageName, "driver=") {
+	if nbd.IsURI(imageName) || hasOptions(imageName) {
 		return "", fmt.Errorf("'%s' is no file: there is no profile beside it", imageName)
 	}
 	return imageName + profileSuffix, nil

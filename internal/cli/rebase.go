@@ -112,22 +112,17 @@ func (f *rebaseFlags) rebase(cmd *cobra.Command, img *image.Image, source cacheM
 		return err
 	}
 	var newBase block.Device
-	var layers []image.Layer
+	job := jobs.RebaseOptions{}
 	if f.base != "" {
 		below, err := f.openBase(cmd.Context(), img.Chain()[0].Name, source)
 		if err != nil {
 			return fmt.Errorf("Could not open new backing file '%s': %w", f.base, err)
 		}
 		defer func() { err = errors.Join(err, below.Close()) }()
-		newBase, layers = below, below.Chain()
+		newBase, job.SameDepth = below, f.commonDepth(img, below)
 	}
 	m := f.progress.meter(cmd, "rebase")
-	job := jobs.RebaseOptions{Progress: updater(m)}
-	if len(layers) > 0 {
-		job.SameDepth = max(0, slices.IndexFunc(img.Chain(), func(l image.Layer) bool {
-			return l.Format == layers[0].Format && sameFile(l.Name, layers[0].Name)
-		}))
-	}
+	job.Progress = updater(m)
 	switch q, v := img.Qcow2(), img.FVD(); {
 	case q != nil:
 		job.HoldZeroes = q.HoldZeroes
@@ -139,6 +134,28 @@ func (f *rebaseFlags) rebase(cmd *cobra.Command, img *image.Image, source cacheM
 		m.end()
 	}
 	return err
+}
+
+// commonDepth returns the layer of the chain of img from which on it consists of the layers of the new base; 0 if there
+// is none. A name that consists of options may show another part of a file, or put another one below it: then nothing
+// counts as the same.
+func (f *rebaseFlags) commonDepth(img, base *image.Image) int {
+	chain, layers := img.Chain(), base.Chain()
+	depth := len(chain) - len(layers)
+	if depth < 1 || f.open.imageOpts || hasOptions(img.Name()) || hasOptions(base.Name()) {
+		return 0
+	}
+	for _, l := range slices.Concat(chain, layers) {
+		if hasOptions(l.FullBacking) {
+			return 0
+		}
+	}
+	for i, l := range layers {
+		if old := chain[depth+i]; old.Format != l.Format || !sameFile(old.Name, l.Name) {
+			return 0
+		}
+	}
+	return depth
 }
 
 // openBase opens the new backing file, which is named as seen from the image at a path.

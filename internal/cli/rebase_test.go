@@ -38,6 +38,7 @@ qemu-img snapshot -c one snapped.qcow2
 qemu-io -c "write -P6 100k 20k" -c "write -P7 1M 128k" snapped.qcow2
 qemu-img create -q -f qcow2 alone.qcow2 3M
 qemu-io -c "write -P5 100k 20k" alone.qcow2
+qemu-img create -q -f qcow2 -F raw -b 'json:{"driver":"raw","offset":524288,"size":1048576,"file":{"driver":"file","filename":"b2.raw"}}' part.qcow2 1M
 qemu-img create -q -f qcow2 -o cluster_size=512 -b b1.qcow2 -F qcow2 tiny.qcow2
 `
 
@@ -81,6 +82,8 @@ func TestCommitAndRebaseAsQemuImg(t *testing.T) {
 		{"rebase -u -b nope.qcow2 -F qcow2 t6.qcow2", []string{"t6.qcow2"}, true},
 		{"rebase -u -b " + longest + " -F qcow2 t6.qcow2", []string{"t6.qcow2"}, true},
 		{"rebase -u -b b1.qcow2 -F qcow2 t6.qcow2", []string{"t6.qcow2"}, false},
+
+		{"rebase -b b2.raw -F raw part.qcow2", []string{"part.qcow2"}, false},
 
 		{"commit t1.qcow2", []string{"t1.qcow2", "b1.qcow2"}, false},
 		{"commit -d t7.qcow2", []string{"t7.qcow2", "m1.qcow2"}, false},

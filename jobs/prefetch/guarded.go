@@ -267,7 +267,12 @@ func (g *Guarded) learn(u int64) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	for i, v := range found {
-		g.units.learned(first+int64(i), v)
+		u := first + int64(i)
+		// Who reads what a write that goes on has changed must not be answered with zeros later.
+		if v == placeZero && g.overlaps(&busyRange{off: u * g.unit, end: (u + 1) * g.unit}, false) {
+			continue
+		}
+		g.units.learned(u, v)
 	}
 	return err
 }

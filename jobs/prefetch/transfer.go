@@ -50,8 +50,14 @@ func (p *Prefetcher) ordered(ctx context.Context, order Profile) error {
 	return work.Wait()
 }
 
-// fetch moves a part over, unless somebody else does.
+// fetch moves a part over, unless somebody else does. It waits for the maximum rates first: while the part is
+// announced, reads wait for it.
 func (p *Prefetcher) fetch(ctx context.Context, off, n int64) error {
+	for _, rate := range []*pacer{&p.readPace, &p.writePace} {
+		if err := p.pace(ctx, rate, n); err != nil {
+			return err
+		}
+	}
 	finished, ok := p.o.Announce(off, n)
 	if !ok {
 		return nil
@@ -59,10 +65,10 @@ func (p *Prefetcher) fetch(ctx context.Context, off, n int64) error {
 	defer finished()
 	buf := bufpool.Get(int(n))
 	defer buf.Put()
-	if err := p.readSlot(ctx, buf.B, off); err != nil {
+	if err := p.load(buf.B, off); err != nil {
 		return err
 	}
-	return p.writeSlot(ctx, slot{buf, off})
+	return p.store(slot{buf, off})
 }
 
 // eachInBase calls fn for what lives in the base image of the blocks that [at, end) touches, at most size bytes at a
@@ -156,11 +162,16 @@ func drainSlots(ctx context.Context, free chan *bufpool.Buffer, slots int) error
 	return nil
 }
 
-// readSlot reads the base image, within the maximum rate, and measures it.
+// readSlot reads the base image, within the maximum rate.
 func (p *Prefetcher) readSlot(ctx context.Context, b []byte, off int64) error {
 	if err := p.pace(ctx, &p.readPace, int64(len(b))); err != nil {
 		return err
 	}
+	return p.load(b, off)
+}
+
+// load reads the base image, and measures it.
+func (p *Prefetcher) load(b []byte, off int64) error {
 	p.mu.Lock()
 	p.reading++
 	p.mu.Unlock()
@@ -181,11 +192,16 @@ func (p *Prefetcher) readSlot(ctx context.Context, b []byte, off int64) error {
 	return nil
 }
 
-// writeSlot keeps what was read, within the maximum rate, and measures it.
+// writeSlot keeps what was read, within the maximum rate.
 func (p *Prefetcher) writeSlot(ctx context.Context, s slot) error {
 	if err := p.pace(ctx, &p.writePace, int64(len(s.buf.B))); err != nil {
 		return err
 	}
+	return p.store(s)
+}
+
+// store keeps what was read, and measures it.
+func (p *Prefetcher) store(s slot) error {
 	start := p.o.Clock.Now()
 	kept, err := p.over.Populate(s.buf.B, s.off)
 	if err != nil {
