@@ -11,8 +11,10 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/platter-disk/platter/internal/testenv"
+	"github.com/platter-disk/platter/jobs/prefetch"
 )
 
 // TestClonesReadWhatTheyTouch: machines that start over one base image read what they touch and little more, and
@@ -69,6 +71,36 @@ func TestPrefetchedStart(t *testing.T) {
 	touched := s.trace.touched
 	if recorded < touched || read[0] < touched || read[1] > touched/10 || read[2] < touched {
 		t.Errorf("the profile has %d bytes; %v bytes were read from the base image by the starts, which touch %d", recorded, read, touched)
+	}
+}
+
+// TestLoad: a guest works while its disk is prefetched, and the plot shows both.
+func TestLoad(t *testing.T) {
+	testenv.Need(t, "nbdkit")
+	b := &FVDBench{Dir: t.TempDir(), Plot: filepath.Join(t.TempDir(), "plot.svg"), Notes: io.Discard}
+	for _, w := range []guestWork{ownWork(), baseWork()} {
+		err := b.onLoadedClone(t.Context(), link{}, w, &prefetch.Options{}, func(c *clone) error {
+			moved, err := w.run(t.Context(), c, 100*time.Millisecond, nil)
+			if s := c.prefetcher.Status(); moved < int64(w.size) || moved%int64(w.size) != 0 || s.Error != "" {
+				t.Errorf("%s: %d bytes moved; prefetching: %+v", w.title, moved, s)
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatalf("%s: %v", w.title, err)
+		}
+	}
+	if err := b.plotLoad(t.Context(), link{Rate: 20_000_000}, 100*time.Millisecond, 300*time.Millisecond); err != nil {
+		t.Fatal(err)
+	}
+	drawn, err := os.ReadFile(b.Plot)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{">guest<", ">prefetching<", "<polyline", "over a link of 20 MB/s"} {
+		if !bytes.Contains(drawn, []byte(want)) {
+			t.Errorf("no %q in the plot\n%s", want, drawn)
+		}
 	}
 }
 

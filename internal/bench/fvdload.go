@@ -124,6 +124,7 @@ func loadCases(l link) []loadCase {
 	return []loadCase{
 		{ownWork(), "none", nil},
 		{ownWork(), "defaults", &prefetch.Options{}},
+		{ownWork(), fmt.Sprintf("at most %.0f %% of the link", cappedShare*100), capped},
 		{baseWork(), "none", nil},
 		{baseWork(), "defaults: pauses below 5 MB/s", &prefetch.Options{}},
 		{baseWork(), fmt.Sprintf("pauses below %.0f %% of the link", gentleShare*100), gentle},
@@ -177,7 +178,7 @@ func (b *FVDBench) load(ctx context.Context) (*LoadReport, error) {
 		return r, nil
 	}
 	r.Plot = b.Plot
-	return r, b.plotLoad(ctx, r.Link)
+	return r, b.plotLoad(ctx, r.Link, plotIdle, plotBusy)
 }
 
 // onLoadedClone calls fn with a new clone of a base image that is far away.
@@ -210,15 +211,15 @@ func (b *FVDBench) onLoadedClone(ctx context.Context, l link, w guestWork, o *pr
 	return fn(c)
 }
 
-// plotLoad draws how prefetching gives way to a guest that comes and goes.
-func (b *FVDBench) plotLoad(ctx context.Context, l link) error {
+// plotLoad draws how prefetching gives way to a guest that comes after idle, stays for busy, and is gone for idle.
+func (b *FVDBench) plotLoad(ctx context.Context, l link, idle, busy time.Duration) error {
 	begin := time.Now()
 	seconds := func(t time.Time) float64 { return t.Sub(begin).Seconds() }
-	length := plotBusy + 2*plotIdle
+	length := busy + 2*idle
 	guest, own := newRates(length), newRates(length)
 	p := &plot{
 		title: fmt.Sprintf("Prefetching gives way: a guest reads its base image from second %.0f to %.0f over a link of %.0f MB/s",
-			plotIdle.Seconds(), (plotIdle + plotBusy).Seconds(), float64(l.Rate)/1e6),
+			idle.Seconds(), (idle + busy).Seconds(), float64(l.Rate)/1e6),
 		x: "seconds", y: "MB/s", end: length.Seconds(), caption: "prefetching pauses",
 	}
 	average := series{name: "its measured average", color: "#2a9d4a"}
@@ -241,13 +242,13 @@ func (b *FVDBench) plotLoad(ctx context.Context, l link) error {
 	err := b.onLoadedClone(ctx, l, work, nil, func(c *clone) error {
 		begin = time.Now()
 		c.prefetch(o)
-		if err := sleep(ctx, plotIdle); err != nil {
+		if err := sleep(ctx, idle); err != nil {
 			return err
 		}
-		if _, err := work.run(ctx, c, plotBusy, func(t time.Time, n int) { guest.add(seconds(t), int64(n)) }); err != nil {
+		if _, err := work.run(ctx, c, busy, func(t time.Time, n int) { guest.add(seconds(t), int64(n)) }); err != nil {
 			return err
 		}
-		return sleep(ctx, plotIdle)
+		return sleep(ctx, idle)
 	})
 	if err != nil {
 		return err
