@@ -468,7 +468,7 @@ func TestRecorderEnds(t *testing.T) {
 	for _, touch := range [][2]int64{{-1, 5}, {0, 0}, {0, 1}, {0, 1}, {99_999, 1 << 62}} {
 		r.Touch(touch[0], touch[1])
 	}
-	if p := r.Profile(); len(p) != 1 || p[0].Offset != 0 {
+	if p := r.Profile(); len(p) != 2 || p[0] != (Run{0, recordUnit}) || p[1].Offset != 99_999/recordUnit*recordUnit {
 		t.Errorf("profile: %v", p)
 	}
 }

@@ -12,9 +12,9 @@ import (
 const (
 	profileHead = "platter prefetch profile 1" // the first line of a stored profile
 	maxRuns     = 1 << 20                      // runs in a profile
-	recordUnit  = 64 << 10                     // bytes: what is touched is noted in such units
+	recordUnit  = 16 << 10                     // bytes: what is touched is noted in such units
 	maxLine     = 64                           // bytes of a line
-	maxSeen     = 1 << 26                      // units: 4 TiB of a disk
+	maxSeen     = 1 << 28                      // units: 4 TiB of a disk
 )
 
 // Run is a part of a disk, in bytes.
