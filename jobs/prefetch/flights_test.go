@@ -176,7 +176,7 @@ func TestKeepNothing(t *testing.T) {
 	if s := c.Stats(); s.BaseRead != 2000 || s.Kept != 0 || d.inBase() != d.Size() {
 		t.Errorf("stats: %+v, %d bytes in the base", s, d.inBase())
 	}
-	if p := rec.Profile(); len(p) != 1 || p[0] != (Run{65536, 65536}) {
+	if p := rec.Profile(); len(p) != 1 || p[0] != (Run{65536, recordUnit}) {
 		t.Errorf("profile: %v", p)
 	}
 }

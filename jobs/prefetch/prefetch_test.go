@@ -340,7 +340,7 @@ func TestCopyOnRead(t *testing.T) {
 	if s := c.Stats(); s.BaseRead != 3*65536 || s.Dropped != 0 {
 		t.Errorf("stats: %+v", s)
 	}
-	want := Profile{{262144, 65536}, {0, 131072}}
+	want := Profile{{294912, 16384}, {49152, 32768}}
 	if got := rec.Profile(); len(got) != 2 || got[0] != want[0] || got[1] != want[1] {
 		t.Errorf("profile: %v, want %v", got, want)
 	}
