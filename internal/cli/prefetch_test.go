@@ -273,12 +273,12 @@ func TestProfiles(t *testing.T) {
 				}
 			}
 			b := prefetchStatus(t, "--control", control).Base
-			if b.Profile == nil || b.Profile.Runs != 4 || b.Profile.Bytes != 4<<16 || b.Prefetch != nil || b.CopyOnRead || b.Guest.BaseRead != 4*4096 {
+			if b.Profile == nil || b.Profile.Runs != 4 || b.Profile.Bytes != 4<<14 || b.Prefetch != nil || b.CopyOnRead || b.Guest.BaseRead != 4*4096 {
 				t.Errorf("status: %+v, %+v", b, b.Profile)
 			}
 			r.end(t)
 			text, err := os.ReadFile(image + ".profile")
-			if want := "platter prefetch profile 1\n6291456 65536\n1048576 65536\n6356992 65536\n3145728 65536\n"; err != nil || string(text) != want {
+			if want := "platter prefetch profile 1\n6291456 16384\n1048576 16384\n6356992 16384\n3145728 16384\n"; err != nil || string(text) != want {
 				t.Errorf("the profile is %q, want %q; %v", text, want, err)
 			}
 			if files, _ := filepath.Glob(image + "*.new"); len(files) > 0 {
