@@ -217,7 +217,7 @@ func TestFaults(t *testing.T) {
 		{Kind: crashlab.KindPunch, Err: syscall.EIO},
 		{Kind: crashlab.KindZero, Err: syscall.EIO},
 	}
-	limit := envInt(t, "PLATTER_FAULTS", 20) // operations of each kind that fail, one after the other
+	limit := envInt(t, "PLATTER_FAULTS", fewer(20)) // operations of each kind that fail, one after the other
 	for _, cfg := range faultConfigs() {
 		for _, how := range Disciplines() {
 			t.Run(cfg.name+"/"+how, func(t *testing.T) {
@@ -363,4 +363,12 @@ func TestSmallJournal(t *testing.T) {
 	if res, err := Check(f, CheckOptions{}); err != nil || !res.Clean() {
 		t.Errorf("check: %+v, %v", res, err)
 	}
+}
+
+// fewer is a part of a budget where everything takes an order of magnitude longer.
+func fewer(n int) int {
+	if raceEnabled {
+		return n / 4
+	}
+	return n
 }

@@ -291,7 +291,7 @@ func survive(t testing.TB, f storage.File, o Options, r *rand.Rand, what string)
 // TestHostile damages sound images at random, mostly where it hurts, and uses them: no panic, no hang, bounded
 // memory, and what decides where the image's references lead stays as it was.
 func TestHostile(t *testing.T) {
-	rounds := envInt(t, "PLATTER_HOSTILE", 60)
+	rounds := envInt(t, "PLATTER_HOSTILE", fewer(60))
 	for _, v := range victims(t) {
 		t.Run(v.name, func(t *testing.T) {
 			for seed := range rounds {

@@ -159,7 +159,7 @@ func TestFaultsWithDataChecksums(t *testing.T) {
 		name: "checksums", create: CreateOptions{Size: 128 << 10, Version: 3, ClusterSize: 4096, RefcountBits: 16}, backed: true,
 		options: Options{Discard: true, JournalDataChecksums: true, JournalCommitInterval: -1},
 	}
-	limit := envInt(t, "PLATTER_FAULTS", 20)
+	limit := envInt(t, "PLATTER_FAULTS", fewer(20))
 	for _, f := range []crashlab.Fault{
 		{Kind: crashlab.KindWrite, Err: syscall.EIO},
 		{Kind: crashlab.KindWrite, Err: syscall.ENOSPC, Onward: true},

@@ -2,4 +2,4 @@
 
 package crashcases
 
-const fewStates = 250
+const fewStates = 60
