@@ -15,5 +15,12 @@ trap 'rm -f "${TMPDIR:-/tmp}/platter-fuzz-targets.$$"' EXIT
 
 while read -r package target; do
 	echo "fuzz $package $target"
-	log=$(go test -run '^$' -fuzz "^$target\$" -fuzztime "$fuzztime" "$package" 2>&1) || { echo "$log"; exit 1; }
+	log=$(go test -run '^$' -fuzz "^$target\$" -fuzztime "$fuzztime" "$package" 2>&1) && continue
+	# The fuzzer may end its time in the middle of an input and call that a failure. A find names its input.
+	if grep -q 'context deadline exceeded' <<<"$log" && ! grep -Eq 'Failing input|panic|_test\.go:' <<<"$log"; then
+		echo "  (the fuzzer was interrupted by the end of its time)"
+		continue
+	fi
+	echo "$log"
+	exit 1
 done <"${TMPDIR:-/tmp}/platter-fuzz-targets.$$"
