@@ -2,6 +2,7 @@ package cli
 
 import (
 	"fmt"
+	"io"
 	"os/exec"
 
 	"github.com/spf13/cobra"
@@ -78,6 +79,17 @@ func (f *benchFlags) runDisciplines(cmd *cobra.Command, args []string) error {
 	if err != nil {
 		return err
 	}
+	return f.printReport(cmd, report)
+}
+
+// tables is what a comparison found, for people.
+type tables interface {
+	Write(out io.Writer) error
+	WriteMarkdown(out io.Writer) error
+}
+
+// printReport prints it in the form that --output names.
+func (f *benchFlags) printReport(cmd *cobra.Command, report tables) error {
 	switch out := cmd.OutOrStdout(); f.output.form {
 	case "json":
 		return printJSON(out, report)

@@ -60,12 +60,5 @@ func (f *benchFlags) runFVD(cmd *cobra.Command, args []string) error {
 	if err != nil {
 		return err
 	}
-	switch out := cmd.OutOrStdout(); f.output.form {
-	case "json":
-		return printJSON(out, report)
-	case "markdown":
-		return report.WriteMarkdown(out)
-	default:
-		return report.Write(out)
-	}
+	return f.printReport(cmd, report)
 }
