@@ -1,8 +1,6 @@
 package fvd
 
 import (
-	"bytes"
-	"errors"
 	"fmt"
 	"testing"
 
@@ -50,7 +48,7 @@ func TestFaultsOfRareChanges(t *testing.T) {
 			t.Run(name+" "+s.String(), func(t *testing.T) {
 				hits := 0
 				must(t, crashlab.ForEachFault(list, 200, func(in *crashlab.Injector) error {
-					err := rareChanges(newRig(t, s), in, work)
+					err := runFaults(newRig(t, s), in, work)
 					hits += in.Hits()
 					return err
 				}))
@@ -80,57 +78,5 @@ func (f *faultRun) commit() error {
 		return err
 	}
 	_, err := d.f.WriteAt(p, 0)
-	return err
-}
-
-func rareChanges(r *rig, in *crashlab.Injector, work func(*faultRun) error) error {
-	if err := r.im.Close(); err != nil {
-		return err
-	}
-	f := &faultRun{r: r}
-	for i := 0; i < len(r.want); i += 512 {
-		f.allowed = append(f.allowed, []byte{r.want[i]})
-	}
-	o := r.options()
-	if o.Data != nil {
-		o.Data = in.Wrap(o.Data)
-	}
-	im, err := Open(in.Wrap(r.meta), o)
-	if err == nil {
-		r.im = im
-		if err := work(f); err != nil {
-			return err
-		}
-		if err := im.Close(); err != nil && in.Hits() == 0 {
-			return err
-		}
-	} else if in.Hits() == 0 {
-		return err
-	}
-	if im, err = Open(r.meta, r.options()); err != nil {
-		return fmt.Errorf("opening again: %w", err)
-	}
-	disk := make([]byte, len(r.want))
-	if _, err := im.ReadAt(disk, 0); err != nil {
-		return err
-	}
-	for s, allowed := range f.allowed {
-		if got := disk[s*512]; bytes.IndexByte(allowed, got) < 0 {
-			return fmt.Errorf("sector %d holds %#x, want one of %#x", s, got, allowed)
-		}
-	}
-	if size := im.Size(); size > int64(len(r.want)) {
-		grown := make([]byte, size-int64(len(r.want)))
-		if _, err := im.ReadAt(grown, int64(len(r.want))); err != nil || len(bytes.Trim(grown, "\x00")) > 0 {
-			return fmt.Errorf("the disk does not grow with zeros, %w", errors.Join(err))
-		}
-	}
-	if err := errors.Join(im.Audit(), im.Close()); err != nil {
-		return err
-	}
-	res, err := Check(r.meta, CheckOptions{Data: r.options().Data})
-	if err == nil && res.Corruptions > 0 { // chunks that could not be punched may leak
-		err = fmt.Errorf("the checker found %v", res.Findings)
-	}
 	return err
 }

@@ -272,6 +272,62 @@ func TestEmptyBesideCopies(t *testing.T) {
 	must(t, im.Close())
 }
 
+// TestCopyOlderThanEmpty: what was read of the base image before the image was committed to it and emptied is not kept.
+func TestCopyOlderThanEmpty(t *testing.T) {
+	base := newBase(256 << 10)
+	o := smallCompact(64 << 10)
+	o.Base, o.BaseImage = base, "base"
+	im := opened(t, made(t, o), Options{Base: base})
+	p := make([]byte, 64<<10)
+	must(t, im.ReadBase(p, 0))
+	put(t, im, 8192, filled(0xDB, 4096))
+	want := get(t, im, 0, 256<<10)
+	_, err := base.WriteAt(want, 0) // commits
+	must(t, err)
+	must(t, im.Empty())
+	if kept, err := im.Populate(p, 0); err != nil || kept != 0 {
+		t.Errorf("kept %d bytes, %v", kept, err)
+	}
+	must(t, diff(get(t, im, 0, 256<<10), want))
+	must(t, im.ReadBase(p, 0))
+	if kept, err := im.Populate(p, 0); err != nil || kept != 64<<10 {
+		t.Errorf("kept %d bytes of what was read now, %v", kept, err)
+	}
+	must(t, diff(get(t, im, 0, 256<<10), want))
+	base.reads = func(int64, int64) error { return errors.New("gone") }
+	if kept, err := im.Populate(p, 64<<10); err == nil || kept != 0 {
+		t.Errorf("kept %d bytes that cannot be compared, %v", kept, err)
+	}
+	must(t, im.Close())
+}
+
+// TestAuditBesideChanges: an audit is right at any moment, also while the disk grows and its table moves.
+func TestAuditBesideChanges(t *testing.T) {
+	o := smallCompact(64 << 10)
+	o.Size = 4096
+	im := opened(t, made(t, o), Options{})
+	var stop atomic.Bool
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for !stop.Load() {
+			if err := im.Audit(); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	})
+	for size := int64(4096); size < 4<<20; size *= 2 {
+		put(t, im, size-512, filled(1, 512))
+		must(t, im.Resize(2*size, 0))
+	}
+	stop.Store(true)
+	wg.Wait()
+	must(t, im.Close())
+	if err := im.Audit(); !errors.Is(err, block.ErrClosed) {
+		t.Errorf("audit after Close: %v", err)
+	}
+}
+
 // TestQuestionsBesideChanges: what prefetching and servers ask of an image needs no permission, also while the disk
 // grows, moves its table, and is emptied.
 func TestQuestionsBesideChanges(t *testing.T) {

@@ -3,13 +3,20 @@ package fvd
 import (
 	"errors"
 	"fmt"
+
+	"github.com/platter-disk/platter/block"
 )
 
 // Audit verifies the tables of an open image against each other, in memory: what a crash would leave is a part of
 // what is there now (FVD specification 5, invariant 7), no chunk of the storage has two owners, and none that an
 // entry names can be handed out again (invariants 11 and 12). It writes nothing, is safe for concurrent use, and is
-// for tests: a correct image never fails it.
+// for tests: a correct image that is open never fails it. It waits for who has the image to himself (Resize, Empty).
 func (im *Image) Audit() error {
+	pass, ok := im.m.guard.enter(0)
+	if !ok {
+		return block.ErrClosed
+	}
+	defer im.m.guard.leave(pass)
 	m := im.m
 	for b := blockIndex(0); b < m.fresh.n; b += 64 {
 		stale := m.stale.word(b) // before fresh, as bits are set in the other order

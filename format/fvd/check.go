@@ -76,17 +76,19 @@ type checker struct {
 	repair Repair
 	res    *CheckResult
 
-	stored  int64 // chunks that the storage has room for
-	use     usage
-	stray   bool
-	replay  Replay
-	changed bool
+	stored     int64 // chunks that the storage has room for
+	use        usage
+	duplicates int64 // entries that name a chunk that another one names: each takes a copy to repair
+	stray      bool
+	replay     Replay
+	changed    bool
 }
 
 // Check looks for everything in an image that is not as the format wants it. It does not take f over. An image
 // that was not closed cleanly is judged as its journal would leave it. With Repair the findings are put right
 // where they can be, the image written in the order of a checkpoint, so that a crash in the middle leaves an image
-// that can be repaired again; the base image is not needed. The error is about what keeps the check from being
+// that can be repaired again; the base image is not needed. A repair for which the storage has no room is refused
+// before anything is changed, with an error that wraps syscall.ENOSPC. The error is about what keeps the check from being
 // made: a file that cannot be read, a header that cannot be.
 func Check(f storage.File, o CheckOptions) (*CheckResult, error) {
 	h, err := ReadHeader(f)
@@ -216,11 +218,19 @@ func (k *checker) judgeTable() error {
 	}
 	kinds := [...]FindingKind{faultDirty: FindingDirtyEntry, faultOutside: FindingOutside, faultMetadata: FindingMetadata, faultDuplicate: FindingDuplicate}
 	k.use, err = m.scanTable(k.stored, func(c chunkIndex, e entry, fault tableFault) bool {
+		if fault == faultDuplicate {
+			k.duplicates++
+		}
 		k.found(kinds[fault], 1, k.repair == RepairAll, "table entry of chunk %d names chunk %#x, which %s", c, uint32(e), tableFaultNames[fault])
 		return true
 	})
 	if err != nil {
 		return err
+	}
+	if k.repair == RepairAll && k.duplicates > 0 {
+		if err := k.reserveCopies(); err != nil {
+			return err
+		}
 	}
 	k.res.TotalChunks = int64(len(m.table))
 	for c := range chunkIndex(len(m.table)) {

@@ -1,10 +1,13 @@
 package fvd
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/platter-disk/platter/storage"
@@ -98,6 +101,83 @@ func TestCheckAndRepair(t *testing.T) {
 			must(t, im.Close())
 		})
 	}
+}
+
+// boundedFile has room for a number of bytes: for its length, or only for what is reserved.
+type boundedFile struct {
+	*storage.Memory
+	length, reserved int64
+}
+
+func (f boundedFile) Truncate(size int64) error {
+	if size > f.length {
+		return syscall.EFBIG
+	}
+	return f.Memory.Truncate(size)
+}
+
+func (f boundedFile) Allocate(off, n int64) error {
+	if off+n > f.reserved {
+		return syscall.ENOSPC
+	}
+	return f.Memory.Allocate(off, n)
+}
+
+// TestRepairOfManyDuplicates: a repair that takes more room than there is changes nothing; one that is cut short can
+// be made again.
+func TestRepairOfManyDuplicates(t *testing.T) {
+	full := func(f *storage.Memory, h *Header) {
+		for c := range int64(64) {
+			setEntry(t, f, h, c, 5) // 63 copies
+		}
+	}
+	f, _ := damaged(t, full)
+	h, err := ReadHeader(f)
+	must(t, err)
+	const needed = 63 * 4096
+	end := int64(h.DataOffset) + 6*4096 + needed
+	before := contents(t, f)
+	for _, bounded := range []boundedFile{{f, end - 1, end}, {f, end, end - 1}} {
+		_, err := Check(bounded, CheckOptions{Repair: RepairAll})
+		if !errors.Is(err, syscall.ENOSPC) || !strings.Contains(err.Error(), fmt.Sprintf("copies of %d bytes", needed)) {
+			t.Errorf("room for %d bytes, %d reserved; %d needed: %v", bounded.length, bounded.reserved, end, err)
+		}
+		must(t, diff(contents(t, f), before))
+	}
+	for fail := 1; ; fail++ {
+		f, base := damaged(t, full)
+		writes := 0
+		_, err := Check(watchedFile{File: boundedFile{f, end, end}, onWrite: func(int64, []byte) error {
+			if writes++; writes >= fail {
+				return syscall.EIO
+			}
+			return nil
+		}}, CheckOptions{Repair: RepairAll})
+		if (err != nil) != (writes >= fail) {
+			t.Fatalf("failing from write %d on: %v", fail, err)
+		}
+		res, again := Check(boundedFile{f, end, end}, CheckOptions{Repair: RepairAll})
+		must(t, again)
+		if res.Corruptions != 0 {
+			t.Fatalf("repair after one that failed from write %d on: %+v", fail, res)
+		}
+		im := opened(t, f, Options{Base: base})
+		must(t, diff(get(t, im, 0, 64<<10), bytes.Repeat(filled(6, 4096), 16)))
+		must(t, im.Close())
+		if err == nil {
+			break
+		}
+	}
+}
+
+// contents are the bytes of a file.
+func contents(t *testing.T, f *storage.Memory) []byte {
+	t.Helper()
+	size, err := f.Size()
+	must(t, err)
+	p := make([]byte, size)
+	must(t, storage.ReadFull(f, p, 0))
+	return p
 }
 
 // TestRepairReplays: repairing a crashed image leaves what its journal says, with and without a base image.

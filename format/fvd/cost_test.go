@@ -1,12 +1,15 @@
 package fvd
 
 import (
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"runtime"
 	"sync"
 	"testing"
 
+	"github.com/platter-disk/platter/block"
 	"github.com/platter-disk/platter/crashlab"
 	"github.com/platter-disk/platter/storage"
 )
@@ -92,17 +95,19 @@ func TestFlushesCombine(t *testing.T) {
 		return nil
 	}}, Options{})
 	var wg sync.WaitGroup
-	flush := func() {
-		if err := im.Flush(); err != nil {
+	writeAndFlush := func() {
+		_, err := im.WriteAt(filled(1, 512), 0)
+		if err = errors.Join(err, im.Flush()); err != nil {
 			t.Error(err)
 		}
 	}
-	wg.Go(flush)
+	before := im.m.dataSync.tag()
+	wg.Go(writeAndFlush)
 	<-first
 	for range k {
-		wg.Go(flush)
+		wg.Go(writeAndFlush)
 	}
-	for im.m.dataSync.arrived.Load() < 1+k {
+	for im.m.dataSync.tag() < before+1+k {
 		runtime.Gosched()
 	}
 	close(release)
@@ -111,6 +116,110 @@ func TestFlushesCombine(t *testing.T) {
 		t.Errorf("%d syncs for 1+%d flushes, want 2", syncs, k)
 	}
 	must(t, im.Close())
+}
+
+// TestFlushOfNothing: a flush with nothing to make durable, of either file, costs no sync and no wait for one; what was
+// not over when a sync began is not covered by it; and a sync that failed covers nothing.
+func TestFlushOfNothing(t *testing.T) {
+	type files struct{ image, data int } // syncs of each; one file counts as data
+	for _, separate := range []bool{false, true} {
+		for _, mode := range []JournalMode{JournalImmediate, JournalBuffered} {
+			for _, writethrough := range []bool{false, true} {
+				t.Run(fmt.Sprintf("data file %v, mode %v, write-through %v", separate, mode, writethrough), func(t *testing.T) {
+					var syncs files
+					base := newBase(64 << 10)
+					o := smallCompact(64 << 10)
+					o.Base, o.BaseImage = base, "base"
+					oo := Options{Base: base, Journal: mode, Writethrough: writethrough}
+					if separate {
+						data := storage.NewMemory("data")
+						o.Data, o.DataFile = data, "data"
+						oo.Data = watchedFile{File: data, onSync: func() error { syncs.data++; return nil }}
+					}
+					im := opened(t, watchedFile{File: made(t, o), onSync: func() error {
+						if separate {
+							syncs.image++
+						} else {
+							syncs.data++
+						}
+						return nil
+					}}, oo)
+					costs := func(what string, some bool, op func() error) {
+						t.Helper()
+						before := syncs
+						must(t, op())
+						if (syncs != before) != some {
+							t.Errorf("%s: %+v syncs, %+v before; want more: %v", what, syncs, before, some)
+						}
+					}
+					write := func() error { _, err := im.WriteAt(filled(1, 512), 128<<10); return err }
+					costs("the first flush of what an earlier process may have left", true, im.Flush)
+					costs("another", false, im.Flush)
+					must(t, write())
+					costs("a flush of a write that takes a chunk", !writethrough, im.Flush)
+					costs("and again", false, im.Flush)
+					must(t, write())
+					before := syncs.image
+					costs("a flush of an overwrite", !writethrough, im.Flush)
+					if syncs.image != before {
+						t.Error("an overwrite costs a sync of the image file")
+					}
+					must(t, im.WriteZeroes(128<<10, 4096, block.MayUnmap))
+					costs("a flush of an unmapped chunk", !writethrough, im.Flush)
+					for range 2 { // the chunk is punched when no request can know it any more: a flush later
+						must(t, im.Flush())
+					}
+					costs("and again", false, im.Flush)
+					p := make([]byte, 4096)
+					must(t, im.ReadBase(p, 0))
+					_, err := im.Populate(p, 0)
+					must(t, err)
+					costs("a flush of a copy", true, im.Flush)
+					costs("and again", false, im.Flush)
+					must(t, im.Checkpoint())
+					costs("a flush after a checkpoint", false, im.Flush)
+					get(t, im, 0, 64<<10)
+					costs("a flush after reads", false, im.Flush)
+					must(t, im.Close())
+				})
+			}
+		}
+	}
+}
+
+// TestSyncCoversWhatWasOver: a write that ends while a sync is under way takes another one.
+func TestSyncCoversWhatWasOver(t *testing.T) {
+	var syncs int
+	var during func() error
+	im := opened(t, watchedFile{File: made(t, CreateOptions{Size: 1 << 20}), onSync: func() error {
+		syncs++
+		if during != nil {
+			return during()
+		}
+		return nil
+	}}, Options{})
+	put(t, im, 0, filled(1, 512))
+	during = func() error {
+		during = nil
+		_, err := im.WriteAt(filled(2, 512), 4096)
+		return err
+	}
+	must(t, im.Flush())
+	must(t, im.Flush())
+	must(t, im.Flush())
+	if syncs != 2 {
+		t.Errorf("%d syncs, want one for each write", syncs)
+	}
+	put(t, im, 0, filled(3, 512))
+	during = func() error { return errors.New("broken") }
+	for range 2 {
+		if err := im.Flush(); err == nil {
+			t.Error("a flush succeeded that could not sync, or after one that could not")
+		}
+	}
+	if err := im.Close(); err == nil {
+		t.Error("closing after a failed flush succeeded")
+	}
 }
 
 // TestTerabyte: a large disk costs its tables, nothing more, on a real file.

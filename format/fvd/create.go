@@ -13,7 +13,6 @@ import (
 
 // Defaults of CreateOptions, those of the 2011 driver (FVD specification 2.12).
 const (
-	DefaultBlockSize = 64 << 10
 	DefaultChunkSize = 1 << 20
 	DefaultGrowUnit  = 100 << 20
 
@@ -27,6 +26,8 @@ const (
 	defaultAlpha        = 80 // percent
 	defaultTableGrowth  = 4  // tables are laid out with room for a disk that many times as large ...
 	maxSpareTable       = 4 << 20
+	leastBlock          = pageSize // of automatic block sizes
+	mostBitmap          = 4 << 20  // bytes, likewise
 	longestAddStorageCd = nameSize - 1
 )
 
@@ -34,8 +35,12 @@ const (
 type CreateOptions struct {
 	Size int64 // bytes, rounded up to 512; 0 with a base image: as large as that
 
-	Compact   bool  // a lookup table: space is used as it is written
-	BlockSize int64 // bytes a bitmap bit, a multiple of 512; 0: 64 KiB
+	Compact bool // a lookup table: space is used as it is written
+	// BlockSize is the bytes of the base image that a bitmap bit stands for, a multiple of 512. 0: the smallest
+	// 4 KiB * 2^k for which the bitmap takes at most 4 MiB, the rule of the 2011 driver (FVD specification 1.3) from a
+	// guest's page on, and never more than a chunk. Small blocks spare the base image: a guest's write of 4 KiB needs
+	// nothing of it, and copy-on-read reads what the guest reads. Larger ones act as read-ahead.
+	BlockSize int64
 	ChunkSize int64 // bytes, rounded up to whole blocks and 4 KiB; 0: 1 MiB
 	GrowUnit  int64 // bytes, at least a chunk; 0: 100 MiB
 
@@ -138,10 +143,13 @@ func (o *CreateOptions) header() (*Header, error) {
 		*offset, *length = uint64(at), uint64(roundUp(n, pageSize))
 		at += int64(*length)
 	}
-	block := orDefault(o.BlockSize, DefaultBlockSize)
+	block := o.BlockSize
 	if o.Base != nil {
 		h.BaseLength = uint64(o.Base.Size())
 		h.BaseSize = uint64(roundUp(min(int64(h.VirtualSize), o.Base.Size()), sectorSize))
+		if block == 0 {
+			block = o.automaticBlock(int64(h.BaseSize))
+		}
 		h.BlockSize = uint64(block)
 		h.BytesPerPrefetch = uint64(roundUp(defaultPerPrefetch, block))
 		if h.hasBitmap() {
@@ -192,6 +200,19 @@ func (o *CreateOptions) header() (*Header, error) {
 	}
 	g := h.geometry()
 	return h, g.fits(orDefault(o.MaxMetadata, DefaultMaxMetadata))
+}
+
+// automaticBlock is the block size for that many bytes of a base image where the options name none.
+func (o *CreateOptions) automaticBlock(base int64) int64 {
+	most := int64(maxBlockSize)
+	if o.Compact {
+		most = min(most, orDefault(o.ChunkSize, DefaultChunkSize))
+	}
+	block := int64(leastBlock)
+	for ceilDiv(ceilDiv(base, block), 8) > mostBitmap && 2*block <= most {
+		block *= 2
+	}
+	return block
 }
 
 // check refuses options whose arithmetic would not hold or that contradict each other. What the header's own

@@ -149,6 +149,59 @@ func TestPlainStorage(t *testing.T) {
 	}
 }
 
+// sizedBase is a base image of which nothing but the size is asked.
+type sizedBase struct {
+	block.Device
+	size int64
+}
+
+func (d sizedBase) Size() int64 { return d.size }
+
+// TestAutomaticBlockSize: the smallest block from 4 KiB on with a bitmap of 4 MiB at most, within a chunk, and chunks
+// are whole blocks.
+func TestAutomaticBlockSize(t *testing.T) {
+	for _, c := range []struct {
+		base         int64
+		compact      bool
+		block, chunk int64 // asked for
+		want         int64
+		wantChunk    int64
+	}{
+		{base: 512, want: 4 << 10},
+		{base: 16 << 20, compact: true, want: 4 << 10, wantChunk: 1 << 20},
+		{base: 16 << 20, compact: true, chunk: 100 << 10, want: 4 << 10, wantChunk: 100 << 10},
+		{base: 16 << 20, compact: true, chunk: 512, want: 4 << 10, wantChunk: 4 << 10},
+		{base: 16 << 20, block: 64 << 10, want: 64 << 10},
+		{base: 16 << 20, compact: true, block: 7680, chunk: 100 << 10, want: 7680, wantChunk: 2 * 61440},
+		{base: 128 << 30, want: 4 << 10},
+		{base: 128<<30 + 512, want: 8 << 10},
+		{base: 1 << 40, want: 32 << 10},
+		{base: 1 << 40, compact: true, want: 32 << 10, wantChunk: 1 << 20},
+		{base: 1 << 40, compact: true, chunk: 100 << 10, want: 32 << 10, wantChunk: 128 << 10},
+		{base: 1 << 40, compact: true, chunk: 20 << 10, want: 16 << 10, wantChunk: 32 << 10},
+		{base: 64 << 40, compact: true, want: 1 << 20, wantChunk: 1 << 20}, // the rule asks for 2 MiB
+		{base: 1 << 56, want: maxBlockSize},
+	} {
+		for _, size := range []int64{0, 2 * c.base} { // the base image counts, not the disk
+			if c.compact && size > 64<<40 {
+				continue
+			}
+			o := CreateOptions{Size: size, Compact: c.compact, BlockSize: c.block, ChunkSize: c.chunk, Base: sizedBase{size: c.base}, BaseImage: "base"}
+			h, err := o.header()
+			must(t, err)
+			if h.BlockSize != uint64(c.want) || h.ChunkSize != uint64(c.wantChunk) {
+				t.Errorf("%+v, disk of %d bytes: blocks of %d bytes, chunks of %d", c, size, h.BlockSize, h.ChunkSize)
+			}
+		}
+	}
+	o := CreateOptions{Size: 8 << 20, Base: sizedBase{size: 1 << 50}, BaseImage: "base"}
+	h, err := o.header()
+	must(t, err)
+	if h.BlockSize != 4<<10 {
+		t.Errorf("a disk that uses little of its base image has blocks of %d bytes", h.BlockSize)
+	}
+}
+
 // TestUnknownMutant.
 func TestUnknownMutant(t *testing.T) {
 	if _, err := Open(made(t, smallCompact(0)), Options{Mutant: "x-ray"}); err == nil || !strings.Contains(err.Error(), `mutant "x-ray"`) {

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -195,6 +196,67 @@ func TestD30_CheckpointStallsNobody(t *testing.T) {
 	must(t, <-done)
 	if !slices.Equal(pages, []int64{2}) {
 		t.Errorf("pages written: %v, want page 2", pages)
+	}
+	must(t, im.Close())
+}
+
+// TestD30_WaitingCheckpointStallsNobody: nor does a checkpoint that waits for another one. Both begin while a journal
+// write is under way, so that neither sees the other when it looks whether there is one to wait for.
+func TestD30_WaitingCheckpointStallsNobody(t *testing.T) {
+	f := made(t, smallCompact(64<<10))
+	h, err := ReadHeader(f)
+	must(t, err)
+	type gate struct{ reached, release chan struct{} }
+	var journalGate, headerGate atomic.Pointer[gate]
+	pass := func(p *atomic.Pointer[gate]) {
+		if g := p.Swap(nil); g != nil {
+			close(g.reached)
+			<-g.release
+		}
+	}
+	closed := func(p *atomic.Pointer[gate]) *gate {
+		g := &gate{make(chan struct{}), make(chan struct{})}
+		p.Store(g)
+		return g
+	}
+	im := opened(t, watchedFile{File: f, onWrite: func(off int64, _ []byte) error {
+		switch {
+		case off >= int64(h.JournalOffset) && off < int64(h.JournalOffset+h.JournalSize):
+			pass(&journalGate)
+		case off == mutableSector: // the end of a checkpoint
+			pass(&headerGate)
+		}
+		return nil
+	}}, Options{})
+	put(t, im, 0, filled(1, 512))
+	journal, header := closed(&journalGate), closed(&headerGate)
+	done := make(chan error, 4)
+	write := func(off int64) {
+		_, err := im.WriteAt(filled(2, 512), off)
+		done <- errors.Join(err, im.Flush())
+	}
+	go write(8192)
+	<-journal.reached
+	for range 2 {
+		go func() { done <- im.Checkpoint() }()
+	}
+	time.Sleep(50 * time.Millisecond) // for both to come to wait for the journal
+	close(journal.release)
+	must(t, <-done)
+	<-header.reached
+	time.Sleep(20 * time.Millisecond) // for the other one to take what it likes
+	go write(16384)
+	left := 2
+	select {
+	case err := <-done:
+		must(t, err)
+	case <-time.After(10 * time.Second):
+		t.Error("a write and a flush wait for a checkpoint that waits for another")
+		left++
+	}
+	close(header.release)
+	for range left {
+		must(t, <-done)
 	}
 	must(t, im.Close())
 }

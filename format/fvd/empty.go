@@ -53,9 +53,8 @@ func (im *Image) empty() error {
 		}
 	}
 	if m.fresh.n > 0 {
-		m.fresh.clear()
-		m.stale.clear()
-		m.bitmapPages.mark(0, int((m.fresh.n-1)/pageBits))
+		im.emptied.Store(true)
+		m.clearBits()
 		if err := im.discipline.checkpoint(headerChange{}); err != nil {
 			return err
 		}

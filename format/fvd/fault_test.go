@@ -2,6 +2,7 @@ package fvd
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"testing"
 
@@ -101,16 +102,23 @@ func TestFaults(t *testing.T) {
 	if raceEnabled { // every fault is a run of its own
 		shapes = shapes[:1]
 	}
+	requests := func(f *faultRun) error {
+		return script(
+			f.write(0x81, 0, 512), f.write(0x83, 20<<10, 40<<10), f.flush,
+			f.soft(64<<10, 16<<10), f.write(0x85, 66<<10, 1024), f.zero(16<<10, 32<<10), f.flush,
+			f.write(0x87, 17<<10, 512), f.zero(16<<10, 16<<10), f.write(0x89, 128<<10, 512), ignoring(f.r.im.Checkpoint), f.flush,
+			f.write(0x8B, 200<<10, 20<<10), f.write(0x8D, 0, 1024), f.zero(0, 64<<10), f.write(0x8F, 16<<10, 512),
+		)
+	}
 	for _, s := range shapes {
 		t.Run(s.String(), func(t *testing.T) {
-			err := crashlab.ForEachFault(list, 200, func(in *crashlab.Injector) error { return runFaults(t, s, in) })
-			must(t, err)
+			must(t, crashlab.ForEachFault(list, 200, func(in *crashlab.Injector) error { return runFaults(newRig(t, s), in, requests) }))
 		})
 	}
 }
 
-func runFaults(t *testing.T, s shape, in *crashlab.Injector) error {
-	r := newRig(t, s)
+// runFaults opens the image of r on files that fail, has work use and close it, and judges what is left.
+func runFaults(r *rig, in *crashlab.Injector, work func(*faultRun) error) error {
 	if err := r.im.Close(); err != nil {
 		return err
 	}
@@ -123,28 +131,25 @@ func runFaults(t *testing.T, s shape, in *crashlab.Injector) error {
 		o.Data = in.Wrap(o.Data)
 	}
 	im, err := Open(in.Wrap(r.meta), o)
-	if err != nil {
-		if in.Hits() == 0 {
-			return err
-		}
-	} else {
+	if err == nil {
 		r.im = im
-		err := script(
-			f.write(0x81, 0, 512), f.write(0x83, 20<<10, 40<<10), f.flush,
-			f.soft(64<<10, 16<<10), f.write(0x85, 66<<10, 1024), f.zero(16<<10, 32<<10), f.flush,
-			f.write(0x87, 17<<10, 512), f.zero(16<<10, 16<<10), f.write(0x89, 128<<10, 512), ignoring(im.Checkpoint), f.flush,
-			f.write(0x8B, 200<<10, 20<<10), f.write(0x8D, 0, 1024), f.zero(0, 64<<10), f.write(0x8F, 16<<10, 512),
-		)
-		if err != nil {
+		if err := work(f); err != nil {
 			return err
 		}
-		if err := im.Close(); err != nil && in.Hits() == 0 {
-			return err
-		}
+		err = im.Close()
+	}
+	if err != nil && in.Hits() == 0 {
+		return err
 	}
 	if err := r.reopen(); err != nil {
 		return fmt.Errorf("opening again: %w", err)
 	}
+	return f.judge()
+}
+
+// judge wants each sector to hold what it may, what the disk grew by to be zero, and the image to be in order.
+func (f *faultRun) judge() error {
+	r := f.r
 	disk := make([]byte, r.im.Size())
 	if _, err := r.im.ReadAt(disk, 0); err != nil {
 		return err
@@ -154,7 +159,10 @@ func runFaults(t *testing.T, s shape, in *crashlab.Injector) error {
 			return fmt.Errorf("sector %d holds %#x, want one of %#x", s, got, allowed)
 		}
 	}
-	if err := r.im.Close(); err != nil {
+	if len(bytes.Trim(disk[len(r.want):], "\x00")) > 0 {
+		return errors.New("the disk does not grow with zeros")
+	}
+	if err := errors.Join(r.im.Audit(), r.im.Close()); err != nil {
 		return err
 	}
 	res, err := Check(r.meta, CheckOptions{Data: r.options().Data})

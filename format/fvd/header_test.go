@@ -38,7 +38,7 @@ func TestHeaderOffsets(t *testing.T) {
 		{"version", 4, uint64(le.Uint32(b[4:])), 1},
 		{"virtual_disk_size", 8, le.Uint64(b[8:]), 64 << 20},
 		{"base_img_size", 2104, le.Uint64(b[2104:]), 40<<20 + 512},
-		{"block_size", 2128, le.Uint64(b[2128:]), 65536},
+		{"block_size", 2128, le.Uint64(b[2128:]), 4096},
 		{"chunk_size", 2152, le.Uint64(b[2152:]), 1 << 20},
 		{"journal_size", 3200, le.Uint64(b[3200:]), 1 << 20},
 		{"stable_journal_epoch", 3208, le.Uint64(b[3208:]), 7},

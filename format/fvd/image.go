@@ -87,6 +87,7 @@ type Image struct {
 
 	base     block.Device // nil: none, or NoBase
 	baseLive atomic.Bool  // some block may still live in the base image
+	emptied  atomic.Bool  // Empty was called: copies of the base image may be older than that
 	size     atomic.Int64 // bytes, as m.g.size
 
 	readOnly     bool

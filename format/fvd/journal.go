@@ -37,6 +37,8 @@ type journal struct {
 
 	mu   sync.Mutex // halves[i].busy
 	idle sync.Cond  // a checkpoint ended
+
+	checkpoints sync.Mutex // held for the length of a checkpoint that somebody asked for; taken before lead
 }
 
 type journalHalf struct {
@@ -205,17 +207,40 @@ func (j *journal) checkpointed(half int) {
 // awaitIdle waits until no checkpoint of a half is under way.
 func (j *journal) awaitIdle() {
 	j.mu.Lock()
-	for j.halves[0].busy || j.halves[len(j.halves)-1].busy {
+	defer j.mu.Unlock()
+	for j.anyBusy() {
 		j.idle.Wait()
 	}
-	j.mu.Unlock()
+}
+
+// busy reports whether a checkpoint of a half is under way; the holder of lead alone begins one.
+func (j *journal) busy() bool {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.anyBusy()
+}
+
+// anyBusy is busy for the holder of mu.
+func (j *journal) anyBusy() bool { return j.halves[0].busy || j.halves[len(j.halves)-1].busy }
+
+// leadIdle takes lead at a moment when no checkpoint is under way. It waits for that without lead: writers go on.
+func (j *journal) leadIdle() {
+	for {
+		j.awaitIdle()
+		j.lead.Lock()
+		if !j.busy() {
+			return
+		}
+		j.lead.Unlock() // the half in use became full meanwhile
+	}
 }
 
 // checkpoint implements discipline: everything recorded so far gets into the tables and out of the journal.
-// Records of others may be written meanwhile, to the other half.
+// Records of others may be written meanwhile, to the other half; also while this checkpoint waits for another one.
 func (j *journal) checkpoint(change headerChange) error {
-	j.awaitIdle() // without lead: nobody need wait for the half a checkpoint has still to go
-	j.lead.Lock()
+	j.checkpoints.Lock()
+	defer j.checkpoints.Unlock()
+	j.leadIdle()
 	if err := j.m.failed(); err != nil {
 		j.lead.Unlock()
 		return err
@@ -229,7 +254,6 @@ func (j *journal) checkpoint(change headerChange) error {
 		j.pos = j.halves[0].start
 		return nil
 	}
-	j.awaitIdle()
 	full := j.active
 	copies := j.m.snapshotTables()
 	change.seal = j.switchHalf()

@@ -22,13 +22,15 @@ type metadata struct {
 	data store
 
 	fresh, stale bitset
-	table        table
+	// local is a block below which every fresh bit is set, for those who look for one that is not. Bits are only
+	// set: it only rises. Who clears them puts another one in its place; a search under way may raise the old one.
+	local atomic.Pointer[atomic.Int64]
+	table table
 
 	bitmapPages, tablePages pageSet // changed since they were last written
 
 	// dataSync and metaSync are one barrier when the data lies in the image file.
 	dataSync, metaSync *barrier
-	metaWritten        atomic.Bool // metadata writes since the last metaSync; with a data file only
 
 	headerMu sync.Mutex
 	header   *Header
@@ -55,6 +57,7 @@ type failure struct{ err error }
 func (m *metadata) initTables() {
 	m.fresh = newBitset(m.g.blocks())
 	m.stale = newBitset(m.g.blocks())
+	m.local.Store(new(atomic.Int64))
 	m.bitmapPages = newPageSet(int(ceilDiv(int64(m.fresh.n), pageBits)))
 	m.table = newTable(m.g.chunks())
 	m.tablePages = newPageSet(int(ceilDiv(int64(len(m.table)), pageEntries)))
@@ -83,22 +86,22 @@ func (m *metadata) failed() error {
 // separate reports whether the data lies in a file of its own.
 func (m *metadata) separate() bool { return m.dataSync != m.metaSync }
 
-// initBarriers sets up the barriers; sameFile says that data is the image file.
+// initBarriers sets up the barriers and has the data storage count its changes; sameFile says that data is the image
+// file.
 func (m *metadata) initBarriers(sameFile bool) {
+	data := m.data
 	m.dataSync = newBarrier(func() error {
-		if err := m.data.sync(); err != nil {
+		if err := data.sync(); err != nil {
 			return m.fail("flushing the data", err)
 		}
 		return nil
 	})
+	m.data = countedStore{data, m.dataSync}
 	m.metaSync = m.dataSync
 	if sameFile {
 		return
 	}
 	m.metaSync = newBarrier(func() error {
-		if !m.metaWritten.Swap(false) {
-			return nil
-		}
 		if err := m.file.Sync(); err != nil {
 			return m.fail("flushing the metadata", err)
 		}
@@ -108,10 +111,10 @@ func (m *metadata) initBarriers(sameFile bool) {
 
 // writeMeta writes metadata; a failure is latched.
 func (m *metadata) writeMeta(doing string, p []byte, off metaOffset) error {
+	defer m.metaSync.changed()
 	if _, err := m.file.WriteAt(p, int64(off)); err != nil {
 		return m.fail(doing, err)
 	}
-	m.metaWritten.Store(true)
 	return nil
 }
 
@@ -158,6 +161,32 @@ func (m *metadata) setFresh(first, last blockIndex) {
 	}
 	m.fresh.setRange(first, last)
 	m.bitmapPages.mark(int(first/pageBits), int((last-1)/pageBits))
+}
+
+// clearBits gives all blocks back to the base image. The caller has the image to itself, but for searches for blocks
+// of the base image.
+func (m *metadata) clearBits() {
+	m.fresh.clear()
+	m.stale.clear()
+	m.local.Store(new(atomic.Int64))
+	m.bitmapPages.mark(0, int((m.fresh.n-1)/pageBits))
+}
+
+// firstInBase finds the first block from b on that lives in the base image; the number of blocks if there is none.
+// Asked again and again from the beginning, it looks at no block twice that has left the base image.
+func (m *metadata) firstInBase(b blockIndex) blockIndex {
+	local := m.local.Load()
+	low := blockIndex(local.Load())
+	found := max(b, low)
+	if found < m.fresh.n {
+		if n, set := m.fresh.run(found, m.fresh.n); set {
+			found += n
+		}
+	}
+	for b <= low && low < found && !local.CompareAndSwap(int64(low), int64(found)) {
+		low = blockIndex(local.Load())
+	}
+	return found
 }
 
 // setEntry changes a table entry; the caller holds alloc.mu.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"github.com/platter-disk/platter/block"
+	"github.com/platter-disk/platter/internal/bufpool"
 )
 
 // This file is what copy-on-read and prefetching need of the format. Package jobs/prefetch decides what is copied
@@ -29,20 +30,19 @@ func (im *Image) CopyUnit() int64 { return im.m.g.blockSize }
 
 // NextInBase finds the first run of bytes at or after off that still lives in the base image: n bytes from start,
 // n == 0 if there is none. It begins on a block boundary or at off, and ends on a block boundary or with the
-// base image.
+// base image; a very long run is told in parts. It waits for nobody.
 func (im *Image) NextInBase(off int64) (start, n int64) {
 	m := im.m
 	if !im.baseLive.Load() || off < 0 || off >= int64(m.g.baseSize) {
 		return off, 0
 	}
-	b, last := m.g.blockRange(guestOffset(off), m.g.baseSize)
-	for b < last {
-		run, set := m.fresh.run(b, last)
+	first, last := m.g.blockRange(guestOffset(off), m.g.baseSize)
+	for b := m.firstInBase(first); b < last; b = m.firstInBase(b) {
+		run, set := m.fresh.run(b, min(last, b+64*lookAhead))
 		if !set {
 			start = max(off, int64(m.g.blockStart(b)))
 			return start, int64(m.g.blockEnd(b+run-1)) - start
 		}
-		b += run
 	}
 	return off, 0
 }
@@ -64,7 +64,8 @@ func (im *Image) ReadBase(p []byte, off int64) error {
 }
 
 // Populate keeps p, which the caller read from the base image at off. Blocks that have left the base image, that
-// a write is changing, or that p holds only in part, are passed over. It returns how many bytes it kept.
+// a write is changing, or that p holds only in part, are passed over, and so is what the base image does not hold any
+// more, as the image was committed to it and emptied after p was read. It returns how many bytes it kept.
 func (im *Image) Populate(p []byte, off int64) (kept int64, err error) {
 	pass, err := im.begin("copy from the base image", off, int64(len(p)))
 	if err != nil {
@@ -115,6 +116,9 @@ func (im *Image) populateRun(p []byte, off guestOffset, first, last blockIndex) 
 	for first < last { // some may have left the base image before the lock
 		run, set := m.fresh.run(first, last)
 		if !set {
+			if current, err := im.current(p, off, first, first+run); err != nil || !current {
+				return kept, err
+			}
 			if err := m.markInUse(); err != nil {
 				return kept, err
 			}
@@ -132,6 +136,29 @@ func (im *Image) populateRun(p []byte, off guestOffset, first, last blockIndex) 
 		first += run
 	}
 	return kept, nil
+}
+
+// current reports whether blocks [first, last) of p are what the base image holds. Only a commit to the base image
+// changes it, and only what this image holds, which the base image has no say in before Empty is called. From then on
+// p may have been read before, and is compared.
+func (im *Image) current(p []byte, off guestOffset, first, last blockIndex) (bool, error) {
+	if !im.emptied.Load() {
+		return true, nil
+	}
+	at, end := im.m.g.blockStart(first), im.m.g.blockEnd(last-1)
+	buf := bufpool.Get(int(min(end-at, ioUnit)))
+	defer buf.Put()
+	for at < end {
+		now := buf.B[:min(int64(len(buf.B)), int64(end-at))]
+		if err := im.readBase(now, at, false); err != nil {
+			return false, fmt.Errorf("comparing with the base image: %w", err)
+		}
+		if !bytes.Equal(now, p[at-off:][:len(now)]) {
+			return false, nil
+		}
+		at += guestOffset(len(now))
+	}
+	return true, nil
 }
 
 // absentRun returns how many blocks from first on, up to last, agree on whether nothing needs to be stored for

@@ -1,10 +1,80 @@
 package fvd
 
 import (
+	"math/rand/v2"
 	"testing"
 
 	"github.com/platter-disk/platter/storage"
 )
+
+// TestNextInBase: every block is told that lives in the base image and no other, in runs of bounded length, from
+// wherever one looks; and those who ask from the beginning again and again do not look at the same blocks.
+func TestNextInBase(t *testing.T) {
+	const unit, blocks = 512, 3 * 64 * lookAhead
+	base := newRAM(blocks*unit - 100)
+	im := opened(t, made(t, CreateOptions{BlockSize: unit, Base: base, BaseImage: "base"}), Options{Base: base})
+	rng := rand.New(rand.NewPCG(1, 2))
+	inBase := make([]bool, blocks)
+	steps := 20
+	if raceEnabled {
+		steps = 5
+	}
+	for round := range 2 {
+		for i := range inBase {
+			inBase[i] = true
+		}
+		ours := func(first, last blockIndex) {
+			im.m.setFresh(first, last)
+			for b := first; b < last; b++ {
+				inBase[b] = false
+			}
+		}
+		for step := range steps {
+			seen := make([]bool, blocks)
+			for off := int64(0); ; {
+				start, n := im.NextInBase(off)
+				if n == 0 {
+					break
+				}
+				if start < off || start%unit != 0 || n > 64*lookAhead*unit || start+n > im.BaseSize() {
+					t.Fatalf("round %d step %d: %d bytes at %d, asked from %d", round, step, n, start, off)
+				}
+				for b := start / unit; b*unit < start+n; b++ {
+					seen[b] = true
+				}
+				off = start + n
+			}
+			first := blocks
+			for b := range seen {
+				if seen[b] != inBase[b] {
+					t.Fatalf("round %d step %d: block %d in the base image: %v, want %v", round, step, b, seen[b], inBase[b])
+				}
+				if seen[b] {
+					first = min(first, b)
+				}
+			}
+			if got := im.m.local.Load().Load(); got != int64(first) {
+				t.Fatalf("the next search begins at block %d, the first in the base image is %d", got, first)
+			}
+			off := rng.Int64N(blocks) * unit
+			if start, n := im.NextInBase(off + 7); n > 0 && inBase[off/unit] && start != off+7 {
+				t.Fatalf("round %d step %d: %d bytes at %d, asked from %d", round, step, n, start, off+7)
+			}
+			if step%3 == 0 { // the first blocks
+				ours(0, blockIndex(first)+blockIndex(rng.Int64N(int64(blocks-first)/8+1)))
+				continue
+			}
+			from := blockIndex(rng.Int64N(blocks))
+			ours(from, from+blockIndex(rng.Int64N(min(1<<step, int64(blocks-from)))))
+		}
+		ours(0, blocks)
+		if _, n := im.NextInBase(0); n != 0 || im.m.local.Load().Load() != blocks {
+			t.Fatalf("round %d: %d bytes live in the base image after all left it", round, n)
+		}
+		must(t, im.Empty())
+	}
+	must(t, im.Close())
+}
 
 // Zeros of the base image take no space: their blocks become ours with nothing stored, unless their chunk has a
 // place already.

@@ -3,6 +3,8 @@ package fvd
 import (
 	"errors"
 	"fmt"
+	"math"
+	"syscall"
 
 	"github.com/platter-disk/platter/internal/bufpool"
 )
@@ -51,6 +53,44 @@ func (k *checker) fix(next epoch) error {
 	return m.checkpoint(m.snapshotTables(), headerChange{clean: true})
 }
 
+// reserveCopies makes room in the storage for a copy for each duplicate, all at once and while nothing else is changed:
+// a table can name one chunk so often that the copies fill any disk. Where the storage cannot reserve space, that of a
+// file may still run out later; the repair can then be made again.
+func (k *checker) reserveCopies() error {
+	m := k.m
+	first := int64(k.use.next)
+	end := first + k.duplicates
+	if from, to := m.reservedChunks(); from < end && first < to {
+		end += to - max(from, first)
+	}
+	if most := min(maxChunks, (math.MaxInt64-int64(m.g.dataStart))/m.g.chunkSize); end > most {
+		return fmt.Errorf("fvd image %s: table entries that name the same chunks need %d more chunks, %d numbers are left: %w",
+			m.name, k.duplicates, most-first, syscall.ENOSPC)
+	}
+	refuse := func(err error) error {
+		return fmt.Errorf("fvd image %s: table entries that name the same chunks need copies of %d bytes in all; making room for them: %w",
+			m.name, k.duplicates*m.g.chunkSize, noSpace(err))
+	}
+	old, err := m.data.size()
+	if err != nil {
+		return refuse(err)
+	}
+	at, until := m.g.chunkData(chunkID(first)), m.g.chunkData(chunkID(end))
+	if old < int64(until) {
+		if err := m.data.resize(int64(until)); err != nil {
+			return refuse(err)
+		}
+	}
+	err = m.data.allocate(at, int64(until-at))
+	if err == nil || errors.Is(err, errors.ErrUnsupported) {
+		return nil
+	}
+	if old < int64(until) {
+		err = errors.Join(err, m.data.resize(old))
+	}
+	return refuse(err)
+}
+
 // fixEntry puts one table entry right. Two entries that name one chunk get a copy each: nobody can tell whose it
 // was. An entry that names nothing usable becomes EMPTY.
 func (k *checker) fixEntry(c chunkIndex, e entry, fault tableFault) error {
@@ -67,19 +107,6 @@ func (k *checker) fixEntry(c chunkIndex, e entry, fault tableFault) error {
 	fresh := k.use.next
 	for m.reservedChunk(fresh) {
 		fresh++
-	}
-	if int64(fresh) >= maxChunks {
-		return fmt.Errorf("fvd image %s: no chunk number is left for a copy of chunk %#x", m.name, id)
-	}
-	end := int64(m.g.chunkData(fresh)) + m.g.chunkSize
-	size, err := m.data.size()
-	if err != nil {
-		return err
-	}
-	if size < end {
-		if err := m.data.resize(end); err != nil {
-			return fmt.Errorf("fvd image %s: room for a copy of chunk %#x: %w", m.name, id, err)
-		}
 	}
 	if err := k.copyChunk(id, fresh); err != nil {
 		return fmt.Errorf("fvd image %s: copying chunk %#x: %w", m.name, id, err)

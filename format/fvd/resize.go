@@ -152,6 +152,7 @@ func (im *Image) tableRoom(entries chunkIndex) (at int64, err error) {
 		end = max(end, int64(m.g.chunkData(m.alloc.limit)))
 	}
 	at = roundUp(end, pageSize)
+	defer m.metaSync.changed()
 	if err := m.file.Truncate(at + movedTableSize(entries)); err != nil {
 		return 0, fmt.Errorf("room for a table of %d entries, the one in place has room for %d: %w", entries, m.g.tableCap, err)
 	}

@@ -149,6 +149,37 @@ func (s deviceStore) extents(off dataOffset, n int64, fn func(dataOffset, int64,
 	return nil
 }
 
+// countedStore counts what changes a store, for the barrier that makes it durable.
+type countedStore struct {
+	store
+	barrier *barrier
+}
+
+func (s countedStore) write(p []byte, off dataOffset) error {
+	defer s.barrier.changed()
+	return s.store.write(p, off)
+}
+
+func (s countedStore) resize(size int64) error {
+	defer s.barrier.changed()
+	return s.store.resize(size)
+}
+
+func (s countedStore) punch(off dataOffset, n int64) error {
+	defer s.barrier.changed()
+	return s.store.punch(off, n)
+}
+
+func (s countedStore) zeroRange(off dataOffset, n int64) error {
+	defer s.barrier.changed()
+	return s.store.zeroRange(off, n)
+}
+
+func (s countedStore) allocate(off dataOffset, n int64) error {
+	defer s.barrier.changed()
+	return s.store.allocate(off, n)
+}
+
 // zeroStore makes [off, off+n) read as zeros: without writing if the storage can, giving space back when unmap
 // is set, else by writing zeros out, which fast forbids.
 func zeroStore(s store, off dataOffset, n int64, unmap, fast bool) error {

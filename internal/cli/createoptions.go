@@ -59,7 +59,7 @@ func createSpecs(format string) (specs []optionSpec, ok bool) {
 	case "fvd":
 		return []optionSpec{
 			{"compact_image", optionSwitch, "off", "Take space as the disk is written, by way of a lookup table"},
-			{"block_size", optionSize, "65536", "Bytes that a bit of the bitmap stands for (base image)"},
+			{"block_size", optionSize, "", "Bytes that a bit of the bitmap stands for (base image; default: from 4k on, for a bitmap of 4M at most)"},
 			{"chunk_size", optionSize, "1048576", "Unit of allocation of a compact image"},
 			{"storage_grow_unit", optionSize, "104857600", "By how much a compact image grows at a time"},
 			{"preallocation", optionString, "", "Preallocation mode (allowed values: off, metadata, falloc, full)"},
