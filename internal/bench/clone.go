@@ -70,8 +70,8 @@ func openClone(ctx context.Context, name string) (c *clone, err error) {
 
 // prefetch begins to prefetch.
 func (c *clone) prefetch(o prefetch.Options) {
-	o.Announce = c.copies.Announce
-	c.prefetcher = prefetch.New(c.copies, o)
+	o.Announce, o.Guest = c.copies.Announce, c.copies.Guest()
+	c.prefetcher = prefetch.New(c.copies.Overlay, o)
 	c.prefetched = make(chan error, 1)
 	go func() { c.prefetched <- c.prefetcher.Run(c.ctx) }()
 }

@@ -326,10 +326,21 @@ func TestPlot(t *testing.T) {
 }
 
 func TestFVDReport(t *testing.T) {
+	// The machine is twice as fast in the second pair, and the guest loses a half in each.
+	run := LoadRun{Work: "w", How: "all", Without: []float64{2e6, 4e6}, With: []float64{1e6, 2e6}}
+	run.compare()
+	if run.Lost < 0.499 || run.Lost > 0.501 || run.Error > 0.001 {
+		t.Errorf("lost %v ± %v, want a half", run.Lost, run.Error)
+	}
+	other := LoadRun{Without: []float64{1, 1, 1, 1}, With: []float64{0.5, 2, 0.5, 2}}
+	other.compare()
+	if other.Lost < -0.001 || other.Lost > 0.001 || other.Error < 0.3 || other.Error > 0.5 {
+		t.Errorf("lost %v ± %v, want nothing, with an error of 0.4", other.Lost, other.Error)
+	}
 	r := &FVDReport{
 		Files:  &FilesReport{Storage: 0.5, Results: []FilesResult{{Disk: "a", Created: 100, Ratio: 1, Syncs: 2}, {Disk: "a", Barrier: 4, Created: 10, Ratio: 1}}},
 		Boot:   &BootReport{Link: farLink(), Requests: 5, Touched: 1e6, Runs: []BootRun{{How: "the base image alone", Seconds: []float64{1, 3}, Base: []int64{1e6, 2e6}, Ratio: 1}}},
-		Load:   &LoadReport{Link: farLink(), Runs: []LoadRun{{Work: "w", How: "none", Rates: []float64{2e6}}, {Work: "w", How: "all", Rates: []float64{1e6}, Lost: 0.5}}},
+		Load:   &LoadReport{Link: farLink(), Runs: []LoadRun{run}},
 		Clones: &ClonesReport{Clones: 20, Touched: 2e6, Runs: []ClonesRun{{Block: 4096, First: 2e6, Ratio: 1}}},
 	}
 	var b bytes.Buffer
@@ -338,7 +349,7 @@ func TestFVDReport(t *testing.T) {
 	}
 	for _, want := range []string{
 		"| a | 100 | 1.00 | 0 | 0 | 0.00 | 2.00 |", "each fdatasync 4 ms longer", "| the base image alone | 1.0, 3.0 | 1.00 | 1.0, 2.0 |",
-		"| w | all | 1.0 | 50.0 % |", "| 4 KiB | 0.0 | 2.0 | 1.000 | 0.0 |", "over a link of 5ms and 20.0 MB/s",
+		"| w | all | 3.0 | 1.5 | 50.0 ± 0.0 % |", "| 4 KiB | 0.0 | 2.0 | 1.000 | 0.0 |", "over a link of 5ms and 20.0 MB/s",
 	} {
 		if !strings.Contains(b.String(), want) {
 			t.Errorf("no %q in\n%s", want, &b)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"sync/atomic"
@@ -15,25 +16,46 @@ import (
 )
 
 const (
-	loadDisk   = 4 << 30  // bytes; prefetching works on the lower half, the guest on the upper one
+	loadDisk   = 8 << 30  // bytes; prefetching works on the lower half, the guest on the upper one
 	loadOwn    = 64 << 20 // bytes at the end of the disk that the guest wrote before
 	loadRead   = 128 << 10
 	loadWrite  = 4 << 10
-	loadWindow = 30 * time.Second // of each measurement, at scale 1
-	loadBin    = time.Second      // of the plot
+	loadWindow = 4 * time.Second // of work without prefetching or with it, in turn
+	loadPairs  = 10              // of such windows in a round, at scale 1
+	loadBin    = time.Second     // of the plot
 
 	plotIdle, plotBusy = 12 * time.Second, 40 * time.Second // before and after the load, and the load itself
 	plotThrottle       = 10 * time.Second                   // bound of a pause in the plot
 )
 
-// LoadRun is a guest at work while its disk is prefetched.
+// LoadRun is a guest at work while its disk is prefetched, in turn with the same guest without that.
 type LoadRun struct {
 	Work       string    `json:"work"`
 	How        string    `json:"prefetching"`
-	Rates      []float64 `json:"guest_bytes_per_second"` // of each round
-	Lost       float64   `json:"lost"`                   // part of the throughput without prefetching
+	Without    []float64 `json:"bytes_per_second_without"` // of the guest, in each window
+	With       []float64 `json:"bytes_per_second_with"`    // in the window after it
+	Lost       float64   `json:"lost"`                     // part of the throughput, from the mean ratio of the pairs
+	Error      float64   `json:"lost_error"`               // standard error of that
 	Prefetched float64   `json:"prefetched_bytes_per_second"`
-	Pauses     int       `json:"pauses"` // in all rounds together
+	Pauses     int       `json:"pauses"` // of its own
+}
+
+// compare sums the windows up. What other programs do to this machine changes slowly beside them, so that neighbours
+// are compared.
+func (r *LoadRun) compare() {
+	var mean, spread float64
+	n := float64(len(r.With))
+	for i := range r.With {
+		mean += math.Log(r.With[i]/r.Without[i]) / n
+	}
+	for i := range r.With {
+		d := math.Log(r.With[i]/r.Without[i]) - mean
+		spread += d * d
+	}
+	r.Lost, r.Error = 1-math.Exp(mean), 0
+	if n > 1 {
+		r.Error = math.Exp(mean) * math.Sqrt(spread/(n-1)/n)
+	}
 }
 
 // LoadReport is prefetching under load.
@@ -50,12 +72,14 @@ type guestWork struct {
 	size    int // bytes of a request
 	prepare func(c *clone) error
 	request func(c *clone, p []byte, i int64) error
+
+	next *atomic.Int64 // request
 }
 
 // ownWork overwrites blocks that the guest wrote before and makes each durable: base image and guest share nothing
 // but this machine.
 func ownWork() guestWork {
-	return guestWork{title: "4 KiB overwrites, each with a flush", workers: 1, size: loadWrite,
+	return guestWork{title: "4 KiB overwrites, each with a flush", workers: 1, size: loadWrite, next: new(atomic.Int64),
 		prepare: func(c *clone) error {
 			p := make([]byte, 1<<20)
 			for at := int64(loadDisk - loadOwn); at < loadDisk; at += int64(len(p)) {
@@ -78,7 +102,7 @@ func baseWork() guestWork {
 		places = (loadDisk/2 - loadOwn) / loadRead
 		stride = 1009 // a prime that does not divide places: every place once
 	)
-	return guestWork{title: "128 KiB reads from the base image, 4 at a time", workers: 4, size: loadRead,
+	return guestWork{title: "128 KiB reads from the base image, 4 at a time", workers: 4, size: loadRead, next: new(atomic.Int64),
 		prepare: func(*clone) error { return nil },
 		request: func(c *clone, p []byte, i int64) error {
 			_, err := c.disk.ReadAt(p, loadDisk/2+i*stride%places*loadRead)
@@ -89,14 +113,14 @@ func baseWork() guestWork {
 
 // run works for a while and tells how many bytes were moved; each request is noted in bins, unless that is nil.
 func (w guestWork) run(ctx context.Context, c *clone, d time.Duration, note func(time.Time, int)) (int64, error) {
-	var next, moved atomic.Int64
+	var moved atomic.Int64
 	end := time.Now().Add(d)
 	all, ctx := errgroup.WithContext(ctx)
 	for range w.workers {
 		all.Go(func() error {
 			p := make([]byte, w.size)
 			for time.Now().Before(end) {
-				if err := errors.Join(ctx.Err(), w.request(c, p, next.Add(1)-1)); err != nil {
+				if err := errors.Join(ctx.Err(), w.request(c, p, w.next.Add(1)-1)); err != nil {
 					return err
 				}
 				moved.Add(int64(len(p)))
@@ -113,29 +137,20 @@ func (w guestWork) run(ctx context.Context, c *clone, d time.Duration, note func
 
 // loadCase is a guest's work and how its disk is prefetched meanwhile.
 type loadCase struct {
-	work guestWork
+	work func() guestWork
 	how  string
-	o    *prefetch.Options // nil: not at all
+	o    prefetch.Options
 }
 
-func loadCases(l link) []loadCase {
-	gentle := &prefetch.Options{MinRead: gentleShare * float64(l.Rate)}
-	capped := &prefetch.Options{MaxRead: cappedShare * float64(l.Rate)}
+func loadCases() []loadCase {
+	selfish := prefetch.Options{SharePercent: 100}
 	return []loadCase{
-		{ownWork(), "none", nil},
-		{ownWork(), "defaults", &prefetch.Options{}},
-		{ownWork(), fmt.Sprintf("at most %.0f %% of the link", cappedShare*100), capped},
-		{baseWork(), "none", nil},
-		{baseWork(), "defaults: pauses below 5 MB/s", &prefetch.Options{}},
-		{baseWork(), fmt.Sprintf("pauses below %.0f %% of the link", gentleShare*100), gentle},
-		{baseWork(), fmt.Sprintf("at most %.0f %% of the link", cappedShare*100), capped},
+		{ownWork, "defaults", prefetch.Options{}},
+		{ownWork, "share=100: its own throughput alone decides", selfish},
+		{baseWork, "defaults", prefetch.Options{}},
+		{baseWork, "share=100: its own throughput alone decides", selfish},
 	}
 }
-
-const (
-	gentleShare = 0.8  // of the link: prefetching that gets less than that is not alone
-	cappedShare = 0.05 // of the link
-)
 
 // load measures a guest at work with and without prefetching.
 func (b *FVDBench) load(ctx context.Context) (*LoadReport, error) {
@@ -143,35 +158,15 @@ func (b *FVDBench) load(ctx context.Context) (*LoadReport, error) {
 		return nil, err
 	}
 	r := &LoadReport{Link: farLink()}
-	cases := loadCases(r.Link)
-	window := loadWindow * time.Duration(b.Scale)
-	for _, c := range cases {
-		r.Runs = append(r.Runs, LoadRun{Work: c.work.title, How: c.how})
-	}
+	cases := loadCases()
+	r.Runs = make([]LoadRun, len(cases))
 	for round := range b.Rounds {
 		for i, c := range cases {
-			run := &r.Runs[i]
-			err := b.onLoadedClone(ctx, r.Link, c.work, c.o, func(d *clone) error {
-				moved, err := c.work.run(ctx, d, window, nil)
-				run.Rates = append(run.Rates, float64(moved)/window.Seconds())
-				if d.prefetcher != nil {
-					s := d.prefetcher.Status()
-					run.Prefetched += float64(s.Read) / window.Seconds() / float64(b.Rounds)
-					run.Pauses += s.Pauses
-				}
-				return err
-			})
-			if err != nil {
+			if err := b.loadRound(ctx, r.Link, c, &r.Runs[i]); err != nil {
 				return nil, err
 			}
-			fmt.Fprintf(b.Notes, "load, round %d, %s, prefetching %s: %.2f MB/s\n", round+1, run.Work, run.How, run.Rates[round]/1e6)
-		}
-	}
-	for i := range r.Runs {
-		for k := range r.Runs {
-			if cases[k].o == nil && r.Runs[k].Work == r.Runs[i].Work {
-				r.Runs[i].Lost = 1 - median(r.Runs[i].Rates)/median(r.Runs[k].Rates)
-			}
+			run := &r.Runs[i]
+			fmt.Fprintf(b.Notes, "load, round %d, %s, prefetching %s: the guest loses %.1f %%\n", round+1, run.Work, run.How, 100*run.Lost)
 		}
 	}
 	if b.Plot == "" {
@@ -179,6 +174,40 @@ func (b *FVDBench) load(ctx context.Context) (*LoadReport, error) {
 	}
 	r.Plot = b.Plot
 	return r, b.plotLoad(ctx, r.Link, plotIdle, plotBusy)
+}
+
+// loadRound is a round of one case.
+func (b *FVDBench) loadRound(ctx context.Context, l link, c loadCase, run *LoadRun) error {
+	work := c.work()
+	run.Work, run.How = work.title, c.how
+	o := c.o
+	o.Trace = func(e prefetch.Event) {
+		if e.Kind == prefetch.EventPause && e.Wait > 0 {
+			run.Pauses++
+		}
+	}
+	return b.onLoadedClone(ctx, l, work, &o, func(d *clone) error {
+		window := func(rates *[]float64) error {
+			moved, err := work.run(ctx, d, loadWindow, nil)
+			*rates = append(*rates, float64(moved)/loadWindow.Seconds())
+			return err
+		}
+		pairs := loadPairs * b.Scale
+		for range pairs {
+			d.prefetcher.Pause()
+			err := sleep(ctx, loadWindow/20) // what is under way ends
+			if err := errors.Join(err, window(&run.Without)); err != nil {
+				return err
+			}
+			d.prefetcher.Resume()
+			if err := window(&run.With); err != nil {
+				return err
+			}
+		}
+		run.Prefetched += float64(d.prefetcher.Status().Read) / (float64(pairs) * loadWindow.Seconds()) / float64(b.Rounds)
+		run.compare()
+		return nil
+	})
 }
 
 // onLoadedClone calls fn with a new clone of a base image that is far away.
@@ -223,7 +252,7 @@ func (b *FVDBench) plotLoad(ctx context.Context, l link, idle, busy time.Duratio
 		x: "seconds", y: "MB/s", end: length.Seconds(), caption: "prefetching pauses",
 	}
 	average := series{name: "its measured average", color: "#2a9d4a"}
-	o := prefetch.Options{MinRead: gentleShare * float64(l.Rate), Throttle: plotThrottle, Trace: func(e prefetch.Event) {
+	o := prefetch.Options{Throttle: plotThrottle, Trace: func(e prefetch.Event) {
 		switch at := seconds(e.Time); e.Kind {
 		case prefetch.EventRead:
 			own.add(at, e.Bytes)
@@ -257,7 +286,7 @@ func (b *FVDBench) plotLoad(ctx context.Context, l link, idle, busy time.Duratio
 		{name: "guest", color: "#1f5fa8", points: guest.points()},
 		{name: "prefetching", color: "#c0392b", points: own.points()},
 		average,
-		{name: "its minimum", color: "#777777", dashed: true, points: []point{{0, o.MinRead / 1e6}, {p.end, o.MinRead / 1e6}}},
+		{name: "its minimum", color: "#777777", dashed: true, points: []point{{0, prefetch.DefaultMinRate / 1e6}, {p.end, prefetch.DefaultMinRate / 1e6}}},
 	}
 	f, err := os.Create(b.Plot)
 	if err != nil {

@@ -66,10 +66,10 @@ func (r *BootReport) table() table {
 func (r *LoadReport) table() table {
 	t := table{
 		title: fmt.Sprintf("a guest at work while its disk is prefetched over a link of %s and %s MB/s", r.Link.Delay, megabytes(float64(r.Link.Rate))),
-		rows:  [][]string{{"guest", "prefetching", "guest, MB/s", "lost", "prefetched, MB/s", "pauses"}},
+		rows:  [][]string{{"guest", "prefetching", "guest without it, MB/s", "with it", "lost", "prefetched, MB/s", "pauses"}},
 	}
 	for _, x := range r.Runs {
-		t.rows = append(t.rows, []string{x.Work, x.How, each(x.Rates, megabytes), fmt.Sprintf("%.1f %%", x.Lost*100),
+		t.rows = append(t.rows, []string{x.Work, x.How, megabytes(median(x.Without)), megabytes(median(x.With)), fmt.Sprintf("%.1f ± %.1f %%", x.Lost*100, x.Error*100),
 			fmt.Sprintf("%.2f", x.Prefetched/1e6), fmt.Sprint(x.Pauses)})
 	}
 	return t

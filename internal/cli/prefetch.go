@@ -319,6 +319,9 @@ func printBase(out io.Writer, e exportStatus) {
 		if p.Pauses > 0 || p.Retries > 0 {
 			line("interruptions", "%d pauses, %d retries", p.Pauses, p.Retries)
 		}
+		if p.Yielded >= 1 {
+			line("gave way", "%.0f s to the guest", p.Yielded)
+		}
 		if p.Error != "" {
 			line("error", "%s", p.Error)
 		}

@@ -32,6 +32,8 @@ func prefetchHelp(indent string) string {
 		"min-read=SIZE    bytes a second below which to pause now and then, for",
 		"                 the sake of others; min-write (5M; 0: never)",
 		"throttle=TIME    the longest such pause (30s; 0: none)",
+		"share=PERCENT    of its time that a busy guest loses at most (5; 100:",
+		"                 whatever it takes)",
 		"measure=TIME     time of operations that makes a sample (100ms)",
 		"alpha=PERCENT    what a sample leaves of the average (80)",
 		"retry=TIME       wait after the base image could not be read,",
@@ -74,6 +76,8 @@ func setPrefetchOption(o *prefetch.Options, p parameter) error {
 		return rateParameter(p, &o.MinWrite, -1)
 	case "slots":
 		return countParameter(p, &o.Slots, 1024)
+	case "share":
+		return countParameter(p, &o.SharePercent, 100)
 	case "alpha":
 		return countParameter(p, &o.AlphaPercent, 100)
 	case "size":

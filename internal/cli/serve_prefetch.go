@@ -161,8 +161,8 @@ func (f *prefetchFlags) newFetcher(img *image.Image, export string, i int, log *
 	}
 	ft.disk = prefetch.NewCopyOnRead(over, reading)
 	if prefetches {
-		options.Trace, options.Announce = ft.trace, ft.disk.Announce
-		ft.prefetch = prefetch.New(ft.disk, options)
+		options.Trace, options.Announce, options.Guest = ft.trace, ft.disk.Announce, ft.disk.Guest()
+		ft.prefetch = prefetch.New(over, options)
 		if over.keepsBase != "" {
 			log.Warn("the image keeps the reference to its base image: " + over.keepsBase)
 		}

@@ -15,6 +15,7 @@ const (
 	DefaultAlpha       = 80          // percent
 	DefaultRetry       = time.Second // doubling up to maxRetry
 	DefaultOrderReads  = 8
+	DefaultShare       = 5 // percent
 
 	defaultCheckpoint = 64 << 20 // bytes kept between checkpoints
 	maxSlots          = 1024
@@ -40,6 +41,12 @@ type Options struct {
 
 	// Throttle bounds a pause: it lasts 1 ms and up to that, evenly distributed. Negative: never pauses.
 	Throttle time.Duration
+
+	// Guest tells when the guest of this disk is at work; nil: there is none. While it is, prefetching makes what it
+	// copies durable at once, and takes at most SharePercent of the guest's time, 1 to 100. What Order lists is
+	// exempt: that is what the guest will wait for.
+	Guest        *Activity
+	SharePercent int
 
 	// Retry is how long to wait after the base image could not be read before trying again; it doubles with each
 	// failure in a row, up to 30 s. Negative: prefetching is off after the first failure. A copy that cannot be
@@ -95,6 +102,9 @@ func (o Options) withDefaults(unit int64) Options {
 	}
 	if o.AlphaPercent <= 0 || o.AlphaPercent > 100 {
 		o.AlphaPercent = DefaultAlpha
+	}
+	if o.SharePercent <= 0 || o.SharePercent > 100 {
+		o.SharePercent = DefaultShare
 	}
 	if o.CheckpointEvery == 0 {
 		o.CheckpointEvery = defaultCheckpoint

@@ -37,6 +37,7 @@ type Status struct {
 	Read         int64   `json:"read"`      // bytes read from the base image
 	Kept         int64   `json:"kept"`      // of those, bytes kept
 	Pauses       int     `json:"pauses"`
+	Yielded      float64 `json:"yielded"`         // seconds for which it kept still because the guest was busy
 	Retries      int     `json:"retries"`         // how often the base image could not be read
 	ReadAverage  float64 `json:"read_average"`    // bytes a second; negative: not measured
 	WriteAverage float64 `json:"write_average"`   // bytes a second; negative: not measured
@@ -57,6 +58,7 @@ type Prefetcher struct {
 	read, write  meter
 	readPace     pacer
 	writePace    pacer
+	courtesy     courtesy
 	pauseWanted  bool
 	reading      int   // reads of the base image under way
 	unsaved      int64 // bytes kept since the last checkpoint
@@ -70,7 +72,8 @@ func New(over Overlay, o Options) *Prefetcher {
 		over: over, o: o,
 		read: newMeter(o.ReadMeasure, o.AlphaPercent), write: newMeter(o.WriteMeasure, o.AlphaPercent),
 		readPace: pacer{rate: o.MaxRead}, writePace: pacer{rate: o.MaxWrite},
-		status: Status{State: StateWaiting, Total: over.BaseSize()},
+		courtesy: courtesy{guest: o.Guest, share: float64(o.SharePercent) / 100},
+		status:   Status{State: StateWaiting, Total: over.BaseSize()},
 	}
 	p.wake.L = &p.mu
 	return p

@@ -18,6 +18,7 @@ const (
 	EventSample EventKind = "sample" // the averages moved
 	EventPause  EventKind = "pause"  // prefetching pauses for Wait
 	EventResume EventKind = "resume"
+	EventYield  EventKind = "yield" // prefetching kept still for Wait, because the guest is busy
 	EventRetry  EventKind = "retry" // the base image could not be read, and is tried again after Wait
 	EventDone   EventKind = "done"  // the base image is not needed any more
 	EventFailed EventKind = "failed"

@@ -115,6 +115,9 @@ func (p *Prefetcher) pass(ctx context.Context) error {
 	}()
 	drain := func() error { return drainSlots(ctx, free, p.o.Slots) }
 	readErr := p.eachInBase(0, p.over.BaseSize(), p.o.PerPrefetch, func(off, n int64) error {
+		if err := p.yield(ctx, drain); err != nil {
+			return err
+		}
 		if err := p.breathe(ctx, drain); err != nil {
 			return err
 		}
@@ -174,6 +177,7 @@ func (p *Prefetcher) readSlot(ctx context.Context, b []byte, off int64) error {
 func (p *Prefetcher) load(b []byte, off int64) error {
 	p.mu.Lock()
 	p.reading++
+	busy := p.courtesy.begin()
 	p.mu.Unlock()
 	start := p.o.Clock.Now()
 	err := p.over.ReadBase(b, off)
@@ -181,6 +185,7 @@ func (p *Prefetcher) load(b []byte, off int64) error {
 	p.mu.Lock()
 	took /= time.Duration(p.reading) // reads at the same time share what there is
 	p.reading--
+	p.courtesy.charge(busy)
 	if err == nil {
 		p.status.Error = ""
 	}
@@ -202,8 +207,17 @@ func (p *Prefetcher) writeSlot(ctx context.Context, s slot) error {
 
 // store keeps what was read, and measures it.
 func (p *Prefetcher) store(s slot) error {
+	p.mu.Lock()
+	busy := p.courtesy.begin()
+	p.mu.Unlock()
 	start := p.o.Clock.Now()
 	kept, err := p.over.Populate(s.buf.B, s.off)
+	if err == nil && kept > 0 && p.courtesy.present() {
+		err = p.over.Flush() // or the guest's next flush would have to write it
+	}
+	p.mu.Lock()
+	p.courtesy.charge(busy)
+	p.mu.Unlock()
 	if err != nil {
 		return err
 	}
