@@ -70,7 +70,7 @@ func (c *chain) openLocation(l *location, readOnly, share, direct bool) (storage
 	}
 	c.seen = append(c.seen, id)
 	if !l.local() {
-		return dialNBD(l.uri, readOnly)
+		return dialNBD(c.ctx, l.uri, readOnly)
 	}
 	f, err := storage.Open(l.path, storage.OpenOptions{
 		ReadOnly: readOnly, Share: share, NoLock: l.noLock, Direct: direct || l.direct || c.o.Direct,

@@ -130,7 +130,7 @@ func resolveCreateBacking(ctx context.Context, format, name string, o *CreateOpt
 		}
 	}
 	below, ref, refErr := parseReference(gate.Backing, at, o.BackingFile, besideImage)
-	if refErr == nil && sameFile(at.path, ref.Name) {
+	if refErr == nil && SameFile(at.path, ref.Name) {
 		return qemuError("Error: Trying to create an image with the same filename as the backing file")
 	}
 	noSize := o.Size <= 0
@@ -180,7 +180,7 @@ func (o *CreateOptions) sparesChain(at *location, chain []Layer) error {
 	}
 	for _, path := range made {
 		for _, l := range chain {
-			if sameFile(path, l.Name) || l.DataFile != "" && sameFile(path, l.DataFile) {
+			if SameFile(path, l.Name) || l.DataFile != "" && SameFile(path, l.DataFile) {
 				return qemuError("Error: Trying to create '%s', which is a file of the backing chain", printable(path))
 			}
 		}
@@ -196,7 +196,17 @@ func (o *CreateOptions) gate() gate.Gate {
 	return o.Gate
 }
 
-func sameFile(a, b string) bool {
+// LocalPath is the path of the local file that a name given to Create stands for; ok is false if it stands for none.
+func LocalPath(name string) (path string, ok bool) {
+	at, err := createLocation(name)
+	if err != nil {
+		return "", false
+	}
+	return at.path, true
+}
+
+// SameFile tells whether two paths or URIs, such as those of a Layer, lead to the same file as far as that can be seen.
+func SameFile(a, b string) bool {
 	if a == b {
 		return true
 	}

@@ -265,3 +265,39 @@ func TestErrorsShowNoControlCharacters(t *testing.T) {
 		t.Errorf("%q", err)
 	}
 }
+
+// FuzzParseReference: whatever an image says, no panic, and what the gate is asked about is what is opened.
+func FuzzParseReference(f *testing.F) {
+	for _, s := range []string{
+		"base", "../x", "file:base", "file:nbd://h/x", "./a:b", "nbd://h:1/x?tls-hostname=y", "NBD+unix:///x?socket=%00s", "nbd:h:1:exportname=../x",
+		"nbd:unix:/s:exportname=?socket=/other", `json:{"driver":"qcow2","file":{"driver":"file","filename":"x"},"backing":null}`, `json:{"a.b":{"c":1},"a":{"b.c":2}}`,
+		`json:{"file.filename":"json:{}"}`, "json:", "json:{", "driver=raw", "host_device:/dev/sda", "a\x00b", ":", "",
+	} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		for _, from := range []*location{{path: "dir/top"}, {uri: "nbd://host/x"}} {
+			for _, kind := range []gate.Kind{gate.Backing, gate.DataFile} {
+				n, r, err := parseReference(kind, from, s, relativity(kind == gate.Backing))
+				if err != nil {
+					continue
+				}
+				if r.Image != from.String() || r.Kind != kind {
+					t.Fatalf("%q: the gate is asked about %+v", s, r)
+				}
+				if r.Protocol == "json" {
+					if kind != gate.Backing || r.Name != s {
+						t.Fatalf("%q: the gate is asked about %+v", s, r)
+					}
+					continue
+				}
+				if r.Name != n.at.String() || r.Protocol != n.at.protocol() || n.backing != nil || n.dataFile != nil || n.format != "" {
+					t.Fatalf("%q: the gate is asked about %+v, opened would be %+v at %+v", s, r, n, n.at)
+				}
+				if n.at.local() && (n.at.path == "" || strings.IndexByte(n.at.path, 0) >= 0) {
+					t.Fatalf("%q: path %q", s, n.at.path)
+				}
+			}
+		}
+	})
+}

@@ -1,6 +1,7 @@
 package image
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -10,9 +11,9 @@ import (
 	"github.com/platter-disk/platter/storage"
 )
 
-// dialNBD connects to an export.
-func dialNBD(uri string, readOnly bool) (storage.File, error) {
-	c, err := nbd.Dial(uri, nbd.ClientOptions{ReadOnly: readOnly})
+// dialNBD connects to an export, unless ctx ends before.
+func dialNBD(ctx context.Context, uri string, readOnly bool) (storage.File, error) {
+	c, err := nbd.DialContext(ctx, uri, nbd.ClientOptions{ReadOnly: readOnly})
 	if err != nil {
 		return nil, err
 	}

@@ -2,8 +2,12 @@ package image_test
 
 import (
 	"bytes"
+	"context"
+	"errors"
+	"net"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/platter-disk/platter/image"
 	"github.com/platter-disk/platter/image/gate"
@@ -61,4 +65,24 @@ func TestNBD(t *testing.T) {
 	overlay(t, relative, "base", "raw", mib)
 	serveQEMU(t, relative, socket4)
 	wantError(t, "relative reference over NBD", openError(t, "nbd+unix:///x?socket="+socket4, image.Options{Gate: gate.Any{}}), "cannot be resolved")
+}
+
+// TestNBDEndsWithContext: a server that says nothing does not keep Open longer than its context lives.
+func TestNBDEndsWithContext(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+	defer cancel()
+	start := time.Now()
+	im, err := image.Open(ctx, "nbd+unix:///x?socket="+socket, image.Options{})
+	if err == nil {
+		im.Close()
+	}
+	if !errors.Is(err, context.DeadlineExceeded) || time.Since(start) > 10*time.Second {
+		t.Errorf("%v after %v", err, time.Since(start))
+	}
 }

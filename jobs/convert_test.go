@@ -213,7 +213,7 @@ func TestConvertModel(t *testing.T) {
 			left -= n
 		}
 		extra := rapid.IntRange(0, 20).Draw(t, "extra") * unit
-		dst := newFake(sectors*unit+extra, cluster)
+		dst := newFake(sectors*unit+extra, int64(512)<<rapid.IntRange(0, 6).Draw(t, "target cluster"))
 		o := ConvertOptions{
 			Workers:    rapid.IntRange(1, 4).Draw(t, "workers"),
 			BufferSize: 4096 << rapid.IntRange(0, 3).Draw(t, "buffer"),
@@ -223,7 +223,12 @@ func TestConvertModel(t *testing.T) {
 			OutOfOrder: rapid.Bool().Draw(t, "outoforder"),
 		}
 		old := rapid.Bool().Draw(t, "old")
+		if rapid.Bool().Draw(t, "overlay") { // of a backing file that ends somewhere
+			o.TargetBackingSize = int64(unit * rapid.IntRange(1, sectors).Draw(t, "backing size"))
+			copy(dst.content[:o.TargetBackingSize], bytes.Repeat([]byte{9}, sectors*unit))
+		}
 		switch {
+		case o.TargetBackingSize > 0:
 		case rapid.Bool().Draw(t, "skip"):
 			// The target's backing file has what the lower layers of the source have, and junk elsewhere.
 			o.SkipDepth = 1

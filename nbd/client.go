@@ -99,6 +99,11 @@ var _ storage.File = (*Client)(nil)
 
 // Dial connects to the export that a URI names.
 func Dial(uri string, o ClientOptions) (*Client, error) {
+	return DialContext(context.Background(), uri, o)
+}
+
+// DialContext is Dial that gives up when ctx ends. Once it has returned, ctx does not matter any more.
+func DialContext(ctx context.Context, uri string, o ClientOptions) (*Client, error) {
 	u, err := ParseURI(uri)
 	if err != nil {
 		return nil, err
@@ -108,31 +113,48 @@ func Dial(uri string, o ClientOptions) (*Client, error) {
 	}
 	c := &Client{uri: u, name: uri, opt: o}
 	c.ctx, c.end = context.WithCancel(context.Background())
+	stop := context.AfterFunc(ctx, c.end)
+	err = c.open()
+	if !stop() {
+		err = ctx.Err()
+	}
+	if err != nil {
+		c.Close()
+		return nil, fmt.Errorf("%s: %w", uri, err)
+	}
+	return c, nil
+}
+
+// open makes the connections.
+func (c *Client) open() error {
+	o := &c.opt
 	first, err := c.connect()
 	if err != nil {
-		c.end()
-		return nil, fmt.Errorf("%s: %w", uri, err)
+		return err
 	}
 	c.links = []*link{first}
 	c.export = first.export
 	c.block, c.limit = int64(c.export.Blocks.Minimum), int64(min(c.export.Blocks.Maximum, DefaultMaxPayload))
 	c.size = c.export.Size - c.export.Size%c.block // what lies beyond cannot be addressed
 	if !o.ReadOnly && c.export.Flags&ReadOnly != 0 {
-		c.Close()
-		return nil, fmt.Errorf("%s: %w", uri, ErrReadOnly)
+		return ErrReadOnly
 	}
 	if c.export.Flags&(SendFlush|SendFUA) == SendFUA {
 		c.always = CmdFlagFUA
 	}
 	for len(c.links) < o.Connections && c.export.Flags&CanMultiConn != 0 {
 		l, err := c.connect()
+		if err == nil && (l.export.Flags != c.export.Flags || !c.isSame(l.export)) {
+			err = errors.New("the server describes another export on it")
+			l.close()
+		}
 		if err != nil {
-			o.Logger.Warn("nbd: fewer connections than asked for", "uri", uri, "connections", len(c.links), "error", err)
+			o.Logger.Warn("nbd: fewer connections than asked for", "uri", c.name, "connections", len(c.links), "error", err)
 			break
 		}
 		c.links = append(c.links, l)
 	}
-	return c, nil
+	return nil
 }
 
 // connect makes one connection.
@@ -154,21 +176,35 @@ func (c *Client) Export() ExportInfo { return c.export }
 // Connections is how many connections the client uses.
 func (c *Client) Connections() int { return len(c.links) }
 
-// link returns a connection that works. For reading only it connects again if it must.
+// isSame tells whether x is what requests to the export rely on.
+func (c *Client) isSame(x ExportInfo) bool {
+	return x.Size == c.export.Size && x.Blocks == c.export.Blocks && len(x.Contexts) == len(c.export.Contexts) && x.Replies == c.export.Replies
+}
+
+// link returns a connection that works. For reading only it connects again if it must. For writing, one lost
+// connection ends all of them: a write that may still be on its way to the disk must not be repeated over
+// another, nor a flush of the others pass for one of what it carried.
 func (c *Client) link() (*link, error) {
-	i := int(c.next.Add(1)) % len(c.links)
+	i := int(c.next.Add(1) % uint32(len(c.links)))
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.err != nil {
+		return nil, c.err
+	}
+	if !c.opt.ReadOnly {
+		for _, l := range c.links {
+			if lost := l.failed(); lost != nil {
+				return nil, c.fail(lost)
+			}
+		}
+	}
 	l := c.links[i]
 	lost := l.failed()
 	switch {
-	case c.err != nil:
-		return nil, c.err
 	case lost == nil:
 		return l, nil
-	case !c.opt.ReadOnly || c.opt.ReconnectDelay < 0:
-		c.err = fmt.Errorf("%s: the connection was lost: %w", c.name, lost)
-		return nil, c.err
+	case c.opt.ReconnectDelay < 0:
+		return nil, c.fail(lost)
 	}
 	if c.lostSince.IsZero() {
 		c.lostSince = time.Now()
@@ -184,6 +220,12 @@ func (c *Client) link() (*link, error) {
 	return l, nil
 }
 
+// fail makes the loss of a connection final. The caller holds mu.
+func (c *Client) fail(lost error) error {
+	c.err = fmt.Errorf("%s: the connection was lost: %w", c.name, lost)
+	return c.err
+}
+
 // reconnect tries until the delay is over; from then on each request may cause one more attempt, at most
 // one a second.
 func (c *Client) reconnect() (*link, error) {
@@ -195,8 +237,7 @@ func (c *Client) reconnect() (*link, error) {
 		l, err := c.connect()
 		c.lastTry = time.Now()
 		if err == nil {
-			now := l.export
-			if now.Size != c.export.Size || now.Blocks != c.export.Blocks || len(now.Contexts) != len(c.export.Contexts) || now.Replies != c.export.Replies {
+			if now := l.export; !c.isSame(now) {
 				l.fail(ErrClosed)
 				c.err = fmt.Errorf("%s: the export is not what it was: %d bytes, before %d; block sizes %v, before %v", c.name, now.Size, c.export.Size, now.Blocks, c.export.Blocks)
 				return nil, c.err

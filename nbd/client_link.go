@@ -35,17 +35,12 @@ type call struct {
 	message string        // and what it said
 	pieces  []piece       // of data that arrived
 	runs    []BlockStatus // of the reply to a block status request
-	timer   *time.Timer
 }
 
 // piece is a range of a read that arrived, relative to its start.
 type piece struct{ from, to uint64 }
 
-var calls = sync.Pool{New: func() any {
-	t := time.NewTimer(time.Hour)
-	t.Stop()
-	return &call{done: make(chan struct{}, 1), timer: t}
-}}
+var calls = sync.Pool{New: func() any { return &call{done: make(chan struct{}, 1)} }}
 
 func newCall(command Command, flags CommandFlags, off, length int64) *call {
 	cl := calls.Get().(*call)
@@ -193,6 +188,10 @@ func (l *link) do(cl *call) error {
 	l.slots[slot] = cl
 	l.mu.Unlock()
 
+	if l.timeout > 0 { // for sending, too: a server that takes nothing does not answer either
+		timer := time.AfterFunc(l.timeout, func() { l.fail(errRequestTimeout) })
+		defer timer.Stop()
+	}
 	extended := l.export.Replies == ExtendedReplies
 	var body []byte
 	if cl.Command == CmdWrite {
@@ -206,18 +205,7 @@ func (l *link) do(cl *call) error {
 	if err != nil {
 		l.fail(err)
 	}
-	if l.timeout > 0 {
-		cl.timer.Reset(l.timeout)
-		select {
-		case <-cl.done:
-			cl.timer.Stop()
-		case <-cl.timer.C:
-			l.fail(errRequestTimeout)
-			<-cl.done
-		}
-	} else {
-		<-cl.done
-	}
+	<-cl.done
 	if body != nil {
 		l.out.Wait(ticket) // a server may answer, or the connection fail, before all of body was sent
 	}

@@ -1,6 +1,9 @@
 package nbd
 
-import "encoding/binary"
+import (
+	"encoding/binary"
+	"strings"
+)
 
 // Sizes in bytes of the reply headers.
 const (
@@ -111,7 +114,9 @@ func AppendError(b []byte, mode ReplyMode, r *Request, errno Errno, message stri
 	if mode == SimpleReplies {
 		return AppendSimpleReply(b, r.Cookie, errno)
 	}
-	message = message[:min(len(message), MaxString)]
+	if len(message) > MaxString {
+		message = strings.ToValidUTF8(message[:MaxString], "") // without the half of a character
+	}
 	b = AppendChunk(b, mode == ExtendedReplies, ReplyFlagDone, ReplyError, r.Cookie, r.Offset, 6+uint64(len(message)))
 	b = binary.BigEndian.AppendUint32(b, uint32(errno))
 	b = binary.BigEndian.AppendUint16(b, uint16(len(message)))

@@ -34,6 +34,9 @@ func openDescriptor(path string, flags int, perm fs.FileMode, direct bool) (*os.
 	}
 	f, err := os.OpenFile(path, flags, perm)
 	if direct && errors.Is(err, unix.EINVAL) {
+		if flags&os.O_EXCL != 0 {
+			os.Remove(path) // the kernel makes the file before it looks whether it can do direct I/O
+		}
 		err = &fs.PathError{Op: "open", Path: path, Err: fmt.Errorf("the file system does not support direct I/O: %w", errors.ErrUnsupported)}
 	}
 	return f, err
@@ -130,11 +133,18 @@ func (l *local) punchHole(off, length int64, zero deviceZeroer) error {
 		return err
 	}
 	if !l.device {
-		return l.fallocate(op, mode, off, length)
+		err := l.fallocate(op, mode, off, length)
+		if !errors.Is(err, unix.EFBIG) {
+			return err
+		}
+		// The range ends past what the file system can address; what lies past the end does not count.
 	}
 	size, err := l.Size()
 	if err != nil || off >= size {
 		return err
+	}
+	if !l.device {
+		return l.fallocate(op, mode, off, min(length, size-off))
 	}
 	return zero(op, mode, off, min(length, size-off))
 }

@@ -67,6 +67,13 @@ func (b *budget) put(bytes int64) {
 	b.mu.Unlock()
 }
 
+// taken tells whether anything is taken of a budget that began with so many requests.
+func (b *budget) taken(requests int64) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.requests < requests
+}
+
 // wake makes those who wait look at their stop flags.
 func (b *budget) wake() {
 	b.mu.Lock()

@@ -35,12 +35,16 @@ type conn struct {
 	out   *outbox.Queue
 	batch *bufpool.Buffer // replies that were not handed to out yet
 
-	budget  *budget
-	killed  atomic.Bool
-	work    chan *request // closed when the reader ends
-	idle    atomic.Int32  // workers that wait for work, less what was queued for them
-	started int           // workers
-	workers sync.WaitGroup
+	budget    *budget
+	ready     atomic.Bool  // out and budget are there for other goroutines to look at
+	waiting   atomic.Bool  // for the server's budget
+	cut       *time.Timer  // while it waits: cuts the connections of those who stall
+	receiving atomic.Int64 // when a large payload began to arrive, Unix nanoseconds; 0 when none does
+	killed    atomic.Bool
+	work      chan *request // closed when the reader ends
+	idle      atomic.Int32  // workers that wait for work, less what was queued for them
+	started   int           // workers
+	workers   sync.WaitGroup
 
 	slowWrites int // writes still to be handed off because one in line was slow
 	slowRun    int // how many the next slow one hands off
@@ -59,7 +63,7 @@ func newConn(s *Server, nc net.Conn) *conn {
 // run is the whole life of a connection.
 func (c *conn) run() {
 	defer c.raw.Close()
-	c.raw.SetDeadline(time.Now().Add(c.srv.cfg.HandshakeTimeout))
+	c.setDeadline(time.Now().Add(c.srv.cfg.HandshakeTimeout))
 	ok, err := c.negotiate()
 	if err != nil {
 		c.log.Info("nbd: handshake failed", "error", err)
@@ -67,15 +71,20 @@ func (c *conn) run() {
 	if err != nil || !ok {
 		return
 	}
-	c.raw.SetDeadline(time.Time{})
-	if c.srv.draining.Load() { // Shutdown's interruption may have come just before the line above
-		c.drain()
-	}
+	c.setDeadline(time.Time{})
 	c.log = c.log.With("export", c.export.Name)
 	c.log.Debug("nbd: client connected", "replies", modeNames[c.mode], "tls", c.secure, "contexts", len(c.contexts))
 
 	c.out = outbox.New(c.nc)
+	c.cut = time.AfterFunc(c.srv.cfg.StallTimeout, func() {
+		if c.waiting.Load() {
+			c.srv.cutStalled()
+			c.cut.Reset(c.srv.cfg.StallTimeout)
+		}
+	})
+	c.cut.Stop()
 	c.budget = newBudget(int64(c.srv.cfg.MaxRequestsPerClient), c.srv.cfg.MaxBytesPerClient)
+	c.ready.Store(true)
 	c.work = make(chan *request, c.srv.cfg.MaxRequestsPerClient)
 	err = c.transmit()
 	close(c.work)
@@ -113,6 +122,27 @@ func (c *conn) hangUp(linger bool) {
 			return
 		}
 	}
+}
+
+// setDeadline sets the deadline of reads and writes, unless Shutdown has set that of reads already.
+func (c *conn) setDeadline(t time.Time) {
+	c.raw.SetDeadline(t)
+	if c.srv.draining.Load() { // its interruption may have come just before the line above
+		c.drain()
+	}
+}
+
+// stalled is how long the client has not taken what is written to it, or not sent the rest of a payload, while
+// it holds part of the budgets. Any goroutine may ask.
+func (c *conn) stalled() time.Duration {
+	if !c.ready.Load() || !c.budget.taken(int64(c.srv.cfg.MaxRequestsPerClient)) {
+		return 0
+	}
+	d := c.out.Stalled()
+	if since := c.receiving.Load(); since != 0 {
+		d = max(d, time.Since(time.Unix(0, since)))
+	}
+	return d
 }
 
 // drain makes the reader stop waiting for requests. Server.draining tells it why.

@@ -24,7 +24,7 @@
 // [Config] bounds what a client can make the server hold: the size of a request, the requests and bytes in
 // flight for a connection and for the whole server, the connections, the handshake's duration and the size
 // of an option. A client that stops reading its replies, or stops in the middle of a request, holds no more
-// than its connection's share.
+// than its connection's share, and loses its connection when others have to wait for that (StallTimeout).
 //
 // negotiate.go is the handshake, validate.go the one place that judges requests, transmit.go the reader,
 // worker.go and blockstatus.go the rest of the work.
@@ -67,6 +67,7 @@ type Config struct {
 	MaxConnections       int           // at a time; further ones are closed at once; default 128
 	Workers              int           // goroutines of a connection for what may block, default 32
 	HandshakeTimeout     time.Duration // from accepting a connection to the transmission phase, default 30 s
+	StallTimeout         time.Duration // how long a client may leave a reply untaken, or a write half sent, while another waits for MaxBytes or MaxRequests; default 1 min
 	MaxOption            int           // bytes of one option's data; 8 KiB to 1 MiB, default 64 KiB
 }
 
@@ -114,11 +115,20 @@ func (c *Config) setDefaults() error {
 			return fmt.Errorf("nbd server: %s is %d, expected at least MaxRequest, %d", f.name, *f.value, c.MaxRequest)
 		}
 	}
-	if c.HandshakeTimeout == 0 {
-		c.HandshakeTimeout = 30 * time.Second
-	}
-	if c.HandshakeTimeout < 0 {
-		return fmt.Errorf("nbd server: HandshakeTimeout is %v, expected more than 0", c.HandshakeTimeout)
+	for _, f := range []struct {
+		name  string
+		value *time.Duration
+		std   time.Duration
+	}{
+		{"HandshakeTimeout", &c.HandshakeTimeout, 30 * time.Second},
+		{"StallTimeout", &c.StallTimeout, time.Minute},
+	} {
+		if *f.value == 0 {
+			*f.value = f.std
+		}
+		if *f.value < 0 {
+			return fmt.Errorf("nbd server: %s is %v, expected more than 0", f.name, *f.value)
+		}
 	}
 	return nil
 }
@@ -223,6 +233,20 @@ func (s *Server) accept(nc net.Conn) {
 		c.counters.addTo(&s.stats)
 		s.mu.Unlock()
 	}()
+}
+
+// cutStalled cuts the connections of clients that keep others waiting. It is called while somebody waits for
+// the server's budget.
+func (s *Server) cutStalled() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	defer s.budget.wake()
+	for c := range s.conns {
+		if stalled := c.stalled(); stalled >= s.cfg.StallTimeout {
+			s.cfg.Logger.Warn("nbd: connection cut: others wait for what it holds", "client", c.raw.RemoteAddr(), "stalled", stalled)
+			c.kill()
+		}
+	}
 }
 
 // Shutdown stops accepting, lets every connection finish and answer what it has begun, answers what it has

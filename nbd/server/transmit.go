@@ -271,7 +271,10 @@ func (c *conn) largeWrite(r *nbd.Request, here []byte) error {
 	buf := bufpool.Get(int(n))
 	if copied := copy(buf.B, here); copied < int(n) {
 		c.flushBatch()
-		if _, err := io.ReadFull(c.nc, buf.B[copied:]); err != nil {
+		c.receiving.Store(time.Now().UnixNano())
+		_, err := io.ReadFull(c.nc, buf.B[copied:])
+		c.receiving.Store(0)
+		if err != nil {
 			buf.Put()
 			c.putBudget(n)
 			return err
@@ -296,7 +299,12 @@ func (c *conn) takeBudget(bytes int64) error {
 	}
 	if !c.srv.budget.tryTake(bytes) {
 		c.flushBatch()
-		if !c.srv.budget.take(bytes, &c.killed) {
+		c.waiting.Store(true)
+		c.cut.Reset(c.srv.cfg.StallTimeout)
+		ok := c.srv.budget.take(bytes, &c.killed)
+		c.waiting.Store(false)
+		c.cut.Stop()
+		if !ok {
 			c.budget.put(bytes)
 			return net.ErrClosed
 		}

@@ -120,13 +120,19 @@ func (w *worker) serve(q *request) {
 	w.send(nil)
 }
 
-// send queues w.head and, after it, the data in body. A failed write ends the connection.
+// send queues w.head and, after it, the data in body. A failed write ends the connection. Data that counts is
+// waited for, so that it stays in the budgets until the client takes it.
 func (w *worker) send(body *bufpool.Buffer) {
 	var data []byte
 	if body != nil {
 		data = body.B
 	}
-	if _, err := w.out.Send(w.head, data, body); err != nil {
+	large := len(data) > inlineRead
+	ticket, err := w.out.Send(w.head, data, body)
+	if err == nil && large {
+		err = w.out.Wait(ticket)
+	}
+	if err != nil {
 		w.kill()
 	}
 }

@@ -8,6 +8,7 @@ package outbox
 import (
 	"net"
 	"sync"
+	"time"
 
 	"github.com/platter-disk/platter/internal/bufpool"
 )
@@ -31,8 +32,9 @@ type Queue struct {
 	heads    *bufpool.Buffer
 	bytes    int // in segments
 	writing  bool
-	queued   uint64 // messages ever queued
-	sent     uint64 // messages ever written
+	since    time.Time // when the present write began; zero between writes
+	queued   uint64    // messages ever queued
+	sent     uint64    // messages ever written
 	err      error
 
 	vector  net.Buffers // for the goroutine that writes
@@ -115,6 +117,16 @@ func (q *Queue) Flush() error {
 	return q.Wait(ticket)
 }
 
+// Stalled is how long the connection has been taking the present write; 0 when nothing is being written.
+func (q *Queue) Stalled() time.Duration {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.since.IsZero() {
+		return 0
+	}
+	return time.Since(q.since)
+}
+
 func (q *Queue) appendHead(head []byte) {
 	for len(head) > 0 {
 		if q.heads == nil {
@@ -144,6 +156,7 @@ func (q *Queue) drain() {
 	for len(q.segments) > 0 && q.err == nil {
 		batch, upTo, heads := q.segments, q.queued, q.heads
 		q.segments, q.spare, q.heads, q.bytes = q.spare[:0], nil, nil, 0
+		q.since = time.Now()
 		q.mu.Unlock()
 		err := q.write(batch)
 		release(batch)
@@ -151,6 +164,7 @@ func (q *Queue) drain() {
 			heads.Put()
 		}
 		q.mu.Lock()
+		q.since = time.Time{}
 		q.spare = batch[:0]
 		if err != nil {
 			q.err = err
