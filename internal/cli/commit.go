@@ -105,7 +105,7 @@ func (f *commitFlags) find(ctx context.Context, name string) (int, error) {
 	}
 	for depth := 1; depth < len(chain); depth++ {
 		above := chain[depth-1]
-		if f.base == above.BackingFile || f.base == above.FullBacking || sameFile(f.base, chain[depth].Name) {
+		if f.base == above.BackingFile || f.base == above.FullBacking || image.SameFile(f.base, chain[depth].Name) {
 			return depth, nil
 		}
 	}

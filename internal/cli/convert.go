@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 
 	"github.com/spf13/cobra"
@@ -236,7 +237,7 @@ func (f *convertFlags) run(cmd *cobra.Command, args []string) (err error) {
 		return err
 	}
 	ctx := cmd.Context()
-	src, chain, err := f.openSources(ctx, p)
+	src, chains, err := f.openSources(ctx, p)
 	if err != nil {
 		return err
 	}
@@ -244,7 +245,7 @@ func (f *convertFlags) run(cmd *cobra.Command, args []string) (err error) {
 
 	t := &target{cmd: cmd, flags: f, plan: p}
 	defer func() { err = t.finish(err) }()
-	if err := t.prepare(ctx, src.Size()); err != nil {
+	if err := t.prepare(ctx, src.Size(), slices.Concat(chains...)); err != nil {
 		return err
 	}
 	o := p.job
@@ -254,7 +255,7 @@ func (f *convertFlags) run(cmd *cobra.Command, args []string) (err error) {
 	}
 	o.Compressed = f.compress
 	o.OutOfOrder = f.outOfOrder
-	t.describe(&o, chain)
+	t.describe(&o, chains)
 	if f.salvage {
 		o.Salvage = f.salvageReport(cmd)
 	}
@@ -280,11 +281,12 @@ func (f *convertFlags) salvageReport(cmd *cobra.Command) func(off, length int64,
 	}
 }
 
-// openSources opens what is to be copied, and tells the backing chain of a single source.
-func (f *convertFlags) openSources(ctx context.Context, p *plan) (block.Device, []image.Layer, error) {
+// openSources opens what is to be copied, and tells the backing chain of each source.
+func (f *convertFlags) openSources(ctx context.Context, p *plan) (block.Device, [][]image.Layer, error) {
 	var imgs []*image.Image
 	var devs []block.Device
-	fail := func(err error) (block.Device, []image.Layer, error) {
+	var chains [][]image.Layer
+	fail := func(err error) (block.Device, [][]image.Layer, error) {
 		for _, img := range imgs {
 			img.Close()
 		}
@@ -295,21 +297,21 @@ func (f *convertFlags) openSources(ctx context.Context, p *plan) (block.Device, 
 		if err != nil {
 			return fail(err)
 		}
-		imgs, devs = append(imgs, img), append(devs, img)
+		imgs, devs, chains = append(imgs, img), append(devs, img), append(chains, img.Chain())
 	}
 	if p.snapshot != nil {
 		dev, err := p.snapshot.open(imgs[0])
 		if err != nil {
 			return fail(err)
 		}
-		return &snapshotSource{dev, imgs[0]}, imgs[0].Chain(), nil
+		return &snapshotSource{dev, imgs[0]}, chains, nil
 	}
 	if len(imgs) == 1 {
-		return imgs[0], imgs[0].Chain(), nil
+		return imgs[0], chains, nil
 	}
 	joined, err := jobs.NewConcat(devs...)
 	if err != nil {
 		return fail(err)
 	}
-	return joined, nil, nil
+	return joined, chains, nil
 }

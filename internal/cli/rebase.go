@@ -151,7 +151,7 @@ func (f *rebaseFlags) commonDepth(img, base *image.Image) int {
 		}
 	}
 	for i, l := range layers {
-		if old := chain[depth+i]; old.Format != l.Format || !sameFile(old.Name, l.Name) {
+		if old := chain[depth+i]; old.Format != l.Format || !image.SameFile(old.Name, l.Name) {
 			return 0
 		}
 	}

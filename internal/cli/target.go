@@ -25,8 +25,9 @@ type target struct {
 	touched bool     // a file that was there before no longer holds what it did
 }
 
-// prepare creates the target, unless it exists, and opens it. size is that of the source in bytes.
-func (t *target) prepare(ctx context.Context, size int64) error {
+// prepare creates the target, unless it exists, and opens it. size is that of the source in bytes, sources are the
+// layers that it is read from.
+func (t *target) prepare(ctx context.Context, size int64, sources []image.Layer) error {
 	f, p := t.flags, t.plan
 	opened := f.open
 	opened.imageOpts, opened.forceShare, opened.format = f.targetOpts, false, f.format()
@@ -34,15 +35,26 @@ func (t *target) prepare(ctx context.Context, size int64) error {
 		opened.format = ""
 	}
 	if p.create != nil {
-		if err := t.create(ctx, size); err != nil {
+		err := t.spare(sources, p.destination, p.create.get("data_file"))
+		if err == nil {
+			err = t.create(ctx, size)
+		}
+		if err != nil {
 			return fmt.Errorf("%s: error while converting %s: %w", p.destination, p.create.format, withoutName(err, p.destination))
 		}
 	}
 	img, err := opened.open(ctx, p.destination, p.target.apply(image.Options{}))
+	if errors.Is(err, storage.ErrLocked) {
+		t.created = nil // somebody else uses what is there now
+	}
 	if err != nil {
 		return err
 	}
 	t.img = img
+	own := img.Chain()[0]
+	if err := t.spare(sources, own.Name, own.DataFile); err != nil {
+		return err
+	}
 	switch {
 	case img.Size() < size:
 		return fmt.Errorf("output file is smaller than input file")
@@ -52,6 +64,22 @@ func (t *target) prepare(ctx context.Context, size int64) error {
 		return fmt.Errorf("Cannot use --target-is-zero when the destination image has a backing file")
 	}
 	t.touched = t.touched || p.create == nil
+	return nil
+}
+
+// spare refuses to write to a file that the copy is read from. Locks refuse that, too, but not where the user or the
+// file system does without.
+func (t *target) spare(sources []image.Layer, names ...string) error {
+	for _, name := range names {
+		if local, ok := image.LocalPath(name); ok {
+			name = local
+		}
+		for _, l := range sources {
+			if name != "" && (image.SameFile(name, l.Name) || image.SameFile(name, l.DataFile)) {
+				return fmt.Errorf("'%s' is a file of the source: it would be overwritten while it is read", name)
+			}
+		}
+	}
 	return nil
 }
 
@@ -67,8 +95,10 @@ func (t *target) create(ctx context.Context, size int64) error {
 		names = append(names, data)
 	}
 	for _, name := range names {
-		if _, err := os.Lstat(name); errors.Is(err, os.ErrNotExist) {
-			t.created = append(t.created, name)
+		if path, ok := image.LocalPath(name); ok {
+			if _, err := os.Lstat(path); errors.Is(err, os.ErrNotExist) {
+				t.created = append(t.created, path)
+			}
 		}
 	}
 	err := createImage(ctx, &t.flags.open, p.create, p.destination, false, io.Discard)
@@ -79,9 +109,8 @@ func (t *target) create(ctx context.Context, size int64) error {
 	return err
 }
 
-// describe tells the job what is known about the target. chain is the backing chain of the source, nil when
-// there are several sources.
-func (t *target) describe(o *jobs.ConvertOptions, chain []image.Layer) {
+// describe tells the job what is known about the target. chains are the backing chains of the sources.
+func (t *target) describe(o *jobs.ConvertOptions, chains [][]image.Layer) {
 	layers := t.img.Chain()
 	o.TargetIsZero = t.flags.targetIsZero
 	overlay := t.flags.backing != ""
@@ -89,30 +118,18 @@ func (t *target) describe(o *jobs.ConvertOptions, chain []image.Layer) {
 		overlay = true
 		o.TargetBackingSize = layers[1].Size
 	}
-	if !overlay || len(layers) < 2 || len(chain) < 2 {
+	if !overlay || len(layers) < 2 || len(chains) > 1 || len(chains[0]) < 2 {
 		return
 	}
+	chain := chains[0]
 	// What the source has from the target's backing file need not be copied. Unless that file is found deeper
 	// down the source's chain, it is taken for a copy of the source's own backing file.
 	o.SkipDepth = 1
 	for depth := 1; depth < len(chain); depth++ {
-		if sameFile(chain[depth].Name, layers[1].Name) {
+		if image.SameFile(chain[depth].Name, layers[1].Name) {
 			o.SkipDepth = depth
 		}
 	}
-}
-
-// sameFile tells whether two names lead to one file.
-func sameFile(a, b string) bool {
-	if a == b {
-		return true
-	}
-	x, err := os.Stat(a)
-	if err != nil {
-		return false
-	}
-	y, err := os.Stat(b)
-	return err == nil && os.SameFile(x, y)
 }
 
 // finish closes the target after the copy ended with err, and leaves no half copy behind unannounced.
