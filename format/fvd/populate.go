@@ -14,6 +14,9 @@ import (
 // set, and nothing is made durable. A crash loses nothing by it, as the base image still holds the same bytes;
 // the next checkpoint makes the copies last.
 
+// leastHole is how many bytes of zeros in a copy are worth a hole rather than being written.
+const leastHole = 64 << 10
+
 // ErrStillNeeded is wrapped by DetachBase while a block still lives in the base image.
 var ErrStillNeeded = errors.New("the base image is still needed")
 
@@ -122,13 +125,18 @@ func (im *Image) populateRun(p []byte, off guestOffset, first, last blockIndex) 
 			if err := m.markInUse(); err != nil {
 				return kept, err
 			}
-			var absent bool
-			run, absent = im.absentRun(p, off, first, first+run)
+			var zero bool
+			run, zero = im.zeroRun(p, off, first, first+run)
 			from, to := m.g.blockStart(first), m.g.blockEnd(first+run-1)
-			if !absent {
-				if err := im.writeMapped(p[from-off:to-off], from); err != nil {
-					return kept, err
-				}
+			var err error
+			switch {
+			case !zero:
+				err = im.writeMapped(p[from-off:to-off], from)
+			case !m.g.compact():
+				err = zeroStore(m.data, m.g.dataStart+dataOffset(from), int64(to-from), true, false)
+			}
+			if err != nil {
+				return kept, err
 			}
 			m.setFresh(first, first+run)
 			kept += int64(to - from)
@@ -161,24 +169,41 @@ func (im *Image) current(p []byte, off guestOffset, first, last blockIndex) (boo
 	return true, nil
 }
 
-// absentRun returns how many blocks from first on, up to last, agree on whether nothing needs to be stored for
-// them: they hold zeros, as do blocks of ours in a chunk that has no place yet.
-func (im *Image) absentRun(p []byte, off guestOffset, first, last blockIndex) (n blockIndex, absent bool) {
+// zeroRun returns how many blocks from first on, up to last, agree on whether they are zeros that need not be
+// written: those of a compact image in a chunk that has no place yet, and long runs of them in others, where a hole
+// will do.
+func (im *Image) zeroRun(p []byte, off guestOffset, first, last blockIndex) (n blockIndex, zero bool) {
 	m := im.m
-	if !m.g.compact() {
-		return last - first, false
-	}
-	for b := first; b < last; b++ {
+	spared := func(b blockIndex) bool {
 		from, to := m.g.blockStart(b), m.g.blockEnd(b)
-		chunk, _ := m.g.chunkRange(from, to)
-		zero := !m.table.get(chunk).mapped() && bytes.Count(p[from-off:to-off], []byte{0}) == int(to-from)
-		if b == first {
-			absent = zero
-		} else if zero != absent {
-			return b - first, absent
+		if m.g.compact() {
+			if chunk, _ := m.g.chunkRange(from, to); m.table.get(chunk).mapped() {
+				return false
+			}
+		}
+		return bytes.Count(p[from-off:to-off], []byte{0}) == int(to-from)
+	}
+	least := blockIndex(1)
+	if !m.g.compact() {
+		least = blockIndex(max(1, leastHole/m.g.blockSize))
+	}
+	run := blockIndex(0) // of spared blocks up to b
+	for b := first; b < last; b++ {
+		if !spared(b) {
+			if start := b - run; start == first && run >= least {
+				return run, true
+			}
+			run = 0
+			continue
+		}
+		if run++; run == least && b+1-run > first {
+			return b + 1 - run - first, false
 		}
 	}
-	return last - first, absent
+	if run == last-first && run >= least {
+		return run, true
+	}
+	return last - first, false
 }
 
 // DetachBase ends the image's dependence on its base: when every block has left it (D-11: every bit is looked

@@ -1,6 +1,7 @@
 package fvd
 
 import (
+	"bytes"
 	"math/rand/v2"
 	"testing"
 
@@ -116,5 +117,47 @@ func TestPopulateZeros(t *testing.T) {
 	must(t, err)
 	want[chunk+5] = 'y'
 	must(t, diff(get(t, im, 0, chunks*chunk), want))
+	must(t, im.Close())
+}
+
+// An image without a table has a place for everything: long runs of zeros become holes there, also over what the
+// storage held before, and short ones are written.
+func TestPopulateHoles(t *testing.T) {
+	const size, block = 1 << 20, 4096
+	base := newBase(size)
+	data := []struct{ from, to int64 }{{0, block}, {5 * block, 6 * block}, {6*block + leastHole, 6*block + leastHole + 1}, {512 << 10, 513 << 10}}
+	zeros := make([]byte, size)
+	at := int64(0)
+	for _, d := range append(data, struct{ from, to int64 }{size, size}) {
+		_, err := base.WriteAt(zeros[at:d.from], at)
+		must(t, err)
+		at = d.to
+	}
+	f := storage.NewMemory("image")
+	must(t, Create(f, CreateOptions{Size: size, Base: base, BaseImage: "base", BlockSize: block, JournalSize: 64 << 10}))
+	im := opened(t, f, Options{Base: base})
+	start := int64(im.m.g.dataStart)
+	_, err := f.WriteAt(bytes.Repeat([]byte{0xee}, 300<<10), start+600<<10) // left by somebody
+	must(t, err)
+	want := get(t, im, 0, size)
+	p := make([]byte, size)
+	must(t, im.ReadBase(p, 0))
+	kept, err := im.Populate(p, 0)
+	must(t, err)
+	if kept != size {
+		t.Errorf("kept %d bytes", kept)
+	}
+	must(t, im.DetachBase())
+	must(t, diff(get(t, im, 0, size), want))
+	stored := int64(0)
+	must(t, f.DataExtents(start, size, func(e storage.Extent) bool {
+		if e.Data {
+			stored += e.Length
+		}
+		return true
+	}))
+	if most := int64(6*block + block + 4096); stored > most {
+		t.Errorf("%d bytes are stored, want at most %d", stored, most)
+	}
 	must(t, im.Close())
 }

@@ -284,14 +284,38 @@ func TestProfiles(t *testing.T) {
 			if files, _ := filepath.Glob(image + "*.new"); len(files) > 0 {
 				t.Errorf("left behind: %v", files)
 			}
+			// A server that is started again goes on recording.
+			r = startServe(t, "--record-profile", "auto", "--read-only", image)
+			c = dial(t, r.uri, nbd.ClientOptions{ReadOnly: true})
+			for _, off := range []int64{1 << 20, 4 << 20} {
+				if _, err := c.ReadAt(p, off); err != nil {
+					t.Fatal(err)
+				}
+			}
+			r.end(t)
+			longer, err := os.ReadFile(image + ".profile")
+			if want := string(text) + "4194304 16384\n"; err != nil || string(longer) != want {
+				t.Errorf("the profile is %q, want %q; %v", longer, want, err)
+			}
+			if o := runInPlace(t, "serve", "--record-profile", image, image); o.status != 1 || !strings.Contains(o.stderr, "A file that is no profile is not replaced") {
+				t.Errorf("recording to the image itself: %+v", o)
+			}
 			before, _ := base.reads(t)
-			r = startServe(t, "--prefetch=size=64k", "--profile", image+".profile", "--control", control, image)
+			// The profile asks for prefetching, and does not wait for its start.
+			r = startServe(t, "--profile", image+".profile", "--control", control, image)
+			for until := time.Now().Add(time.Minute); prefetchStatus(t, "--control", control).Base.Prefetch.Kept < 5<<14; {
+				if time.Now().After(until) {
+					t.Fatal("the profile is not followed")
+				}
+				time.Sleep(10 * time.Millisecond)
+			}
+			platterHere(t, "prefetch", "--control", control, "resume")
 			platterHere(t, "prefetch", "--control", control, "wait")
 			r.end(t)
 			runs, _ := base.reads(t)
 			first := map[int64]bool{}
 			for _, run := range runs[len(before):] {
-				if len(first) < 4 && run.Length == 65536 {
+				if len(first) < 5 && run.Length <= 65536 {
 					first[run.Offset] = true
 				}
 			}
@@ -356,6 +380,7 @@ func TestPrefetchRefuses(t *testing.T) {
 		{"serve --prefetch=max-read=fast x", "'max-read' expects"},
 		{"serve --read-only --prefetch x", "--read-only leaves no room"},
 		{"serve --prefetch=off --profile x y", "--profile needs --prefetch"},
+		{"serve --read-only --profile x y", "--read-only leaves no room"},
 		{"serve --record-profile a --record-profile b x", "2 --record-profile for 1 images"},
 		{"serve --prefetch --profile p x y", "1 --profile for 2 images"},
 	} {

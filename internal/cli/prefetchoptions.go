@@ -220,10 +220,15 @@ func readProfile(name, imageName string) (prefetch.Profile, error) {
 	if err != nil {
 		return nil, err
 	}
-	f, err := os.Open(path)
+	p, err := loadProfile(path)
 	if name == profileAuto && os.IsNotExist(err) {
 		return nil, nil
 	}
+	return p, err
+}
+
+func loadProfile(path string) (prefetch.Profile, error) {
+	f, err := os.Open(path)
 	if err != nil {
 		return nil, err
 	}

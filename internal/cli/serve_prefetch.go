@@ -60,8 +60,8 @@ func (f *prefetchFlags) check(cmd *cobra.Command, images int, readOnly bool) (er
 			return usagef(cmd, "--prefetch: %s", err)
 		}
 	}
-	if readOnly && (f.copyOnRead == "on" || f.prefetches()) {
-		return usagef(cmd, "--read-only leaves no room for --copy-on-read and --prefetch")
+	if readOnly && (f.copyOnRead == "on" || f.prefetches() || len(f.follow) > 0) {
+		return usagef(cmd, "--read-only leaves no room for --copy-on-read, --prefetch and --profile")
 	}
 	if len(f.follow) > 0 && f.prefetch == "off" {
 		return usagef(cmd, "--profile needs --prefetch")
@@ -144,17 +144,16 @@ func (f *prefetchFlags) newFetcher(img *image.Image, export string, i int, log *
 		return nil, err
 	}
 	if name := pick(f.record, i); name != "" {
-		path, err := profileFile(name, img.Name())
-		if err != nil {
+		if ft.recorder, err = newRecording(name, img.Name(), ft.size); err != nil {
 			return nil, fmt.Errorf("--record-profile: %w", err)
 		}
-		ft.recorder = &recording{Recorder: prefetch.NewRecorder(ft.size), path: path}
 		reading.Recorder = ft.recorder.Recorder
 	}
-	if name := pick(f.follow, i); name != "" && prefetches {
+	if name := pick(f.follow, i); name != "" && !readOnly {
 		if options.Order, err = readProfile(name, img.Name()); err != nil {
 			return nil, fmt.Errorf("--profile: %w", err)
 		}
+		prefetches = prefetches || options.Order != nil
 	}
 	if !ft.keeps && !prefetches && ft.recorder == nil {
 		return nil, nil
@@ -283,6 +282,25 @@ type recording struct {
 	mu    sync.Mutex
 	saved int64 // bytes that the file covers
 	err   error // of the last attempt to store it
+}
+
+// newRecording goes on with the file that name stands for, if it is there: what a server before this one recorded
+// came first.
+func newRecording(name, imageName string, size int64) (*recording, error) {
+	path, err := profileFile(name, imageName)
+	if err != nil {
+		return nil, err
+	}
+	r := &recording{Recorder: prefetch.NewRecorder(size), path: path}
+	p, err := loadProfile(path)
+	if err != nil && !os.IsNotExist(err) {
+		return nil, fmt.Errorf("%w\nA file that is no profile is not replaced", err)
+	}
+	for _, run := range p {
+		r.Touch(run.Offset, run.Length)
+	}
+	_, r.saved = r.recorded()
+	return r, nil
 }
 
 // recorded is the profile so far and how many bytes it covers.

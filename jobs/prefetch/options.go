@@ -23,13 +23,14 @@ const (
 	maxBuffers        = 256 << 20 // bytes of all slots; an image's header may ask for more
 	maxRetry          = 30 * time.Second
 	maxOrderReads     = 64
-	maxOrderRead      = 256 << 10 // bytes
+	maxOrderRead      = 256 << 10              // bytes
+	rateSlice         = 100 * time.Millisecond // an operation is no larger than what a maximum rate allows in that time
 )
 
 // Options says how a Prefetcher goes about its work. Zero values mean the defaults above unless something else is
 // said; rates are bytes a second.
 type Options struct {
-	StartDelay  time.Duration // before the first read
+	StartDelay  time.Duration // before the first read; what Order lists does not wait for it
 	Slots       int           // buffers between reading and writing, 1 to 1024 and 256 MiB together, at least one
 	PerPrefetch int64         // bytes a read, rounded up to whole blocks, at most 64 MiB
 
@@ -57,6 +58,7 @@ type Options struct {
 	// time, OrderReads of up to 256 KiB; at most 64, 0: the default.
 	Order      Profile
 	OrderReads int
+	orderRead  int64 // bytes
 
 	// Announce is told of each such read before it begins, see CopyOnRead.Announce; nil: nobody is.
 	Announce func(off, n int64) (finished func(), ok bool)
@@ -79,7 +81,7 @@ func (o Options) withDefaults(unit int64) Options {
 		o.PerPrefetch = DefaultPerPrefetch
 	}
 	o.PerPrefetch = min(o.PerPrefetch, max(maxPerPrefetch, unit))
-	o.PerPrefetch = (o.PerPrefetch + unit - 1) / unit * unit
+	o.PerPrefetch, o.orderRead = o.wholeUnits(o.PerPrefetch, unit), o.wholeUnits(maxOrderRead, unit)
 	o.Slots = int(max(1, min(int64(o.Slots), maxBuffers/o.PerPrefetch)))
 	if o.OrderReads < 1 || o.OrderReads > maxOrderReads {
 		o.OrderReads = DefaultOrderReads
@@ -119,4 +121,15 @@ func (o Options) withDefaults(unit int64) Options {
 		o.Rand = rand.Float64
 	}
 	return o
+}
+
+// wholeUnits is the size of an operation, about n bytes: less where that is much at a maximum rate, since the first
+// operation at a rate does not wait.
+func (o *Options) wholeUnits(n, unit int64) int64 {
+	for _, rate := range []float64{o.MaxRead, o.MaxWrite} {
+		if slice := rate * rateSlice.Seconds(); rate > 0 && slice < float64(n) {
+			n = int64(slice)
+		}
+	}
+	return max(1, (n+unit-1)/unit) * unit
 }

@@ -136,10 +136,7 @@ func (p *Prefetcher) Run(ctx context.Context) error {
 		p.mu.Unlock()
 	})
 	defer stop()
-	err := p.wait(ctx, max(0, p.o.StartDelay))
-	if err == nil {
-		err = p.run(ctx)
-	}
+	err := p.run(ctx)
 	switch {
 	case err == nil:
 		p.enter(StateDone)
@@ -161,9 +158,17 @@ func (p *Prefetcher) Run(ctx context.Context) error {
 func (p *Prefetcher) run(ctx context.Context) error {
 	order := p.o.Order
 	locked := lockedWait
+	began, started := p.o.Clock.Now(), false
 	for failures := 0; ; {
 		if err := ctx.Err(); err != nil {
 			return err
+		}
+		if len(order) == 0 && !started {
+			p.enter(StateWaiting)
+			if err := p.wait(ctx, max(0, p.o.StartDelay-p.o.Clock.Now().Sub(began))); err != nil {
+				return err
+			}
+			started = true
 		}
 		if _, n := p.over.NextInBase(0); n == 0 {
 			err := p.over.DetachBase()
@@ -179,9 +184,13 @@ func (p *Prefetcher) run(ctx context.Context) error {
 		}
 		p.enter(StateRunning)
 		p.passProgress = false
-		err := p.ordered(ctx, order)
-		if err == nil {
-			order = nil
+		var err error
+		if len(order) > 0 {
+			if err = p.ordered(ctx, order); err == nil {
+				order = nil
+				continue
+			}
+		} else {
 			err = p.pass(ctx)
 		}
 		if p.passProgress {
@@ -219,11 +228,10 @@ func (p *Prefetcher) retry(ctx context.Context, n int, err error) error {
 	if p.o.Retry < 0 || errors.Is(err, block.ErrClosed) || ctx.Err() != nil {
 		return err
 	}
+	p.troubled(err)
 	p.mu.Lock()
 	p.status.Retries++
-	p.status.Error = err.Error()
 	p.mu.Unlock()
-	p.enter(StateRetrying)
 	wait := p.o.Retry
 	for ; n > 1 && wait < maxRetry; n-- {
 		wait = min(2*wait, maxRetry)
@@ -233,6 +241,23 @@ func (p *Prefetcher) retry(ctx context.Context, n int, err error) error {
 		return err
 	}
 	return nil
+}
+
+// troubled tells of a read of the base image that failed, until one succeeds.
+func (p *Prefetcher) troubled(err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.status.Error = err.Error()
+	p.status.State = StateRetrying
+}
+
+// keptZeros notes zeros that were kept without being read: they say nothing about throughput.
+func (p *Prefetcher) keptZeros(off, kept int64, took time.Duration) {
+	p.mu.Lock()
+	p.status.Kept += kept
+	p.passProgress = p.passProgress || kept > 0
+	p.mu.Unlock()
+	p.trace(Event{Kind: EventWrite, Offset: off, Bytes: kept, Took: took})
 }
 
 // measured notes an operation that moved done bytes, and asks for a pause if the average calls for one.

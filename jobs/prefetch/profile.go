@@ -75,7 +75,7 @@ func ReadProfile(r io.Reader) (Profile, error) {
 }
 
 // Recorder notes which parts of a disk are touched for the first time, in order. Safe for concurrent use. Its
-// memory is bounded: a bit for every 64 KiB of the first 4 TiB of the disk, and a million runs.
+// memory is bounded: a bit for every 16 KiB of the first 4 TiB of the disk, and a million runs.
 type Recorder struct {
 	mu   sync.Mutex
 	seen []uint64

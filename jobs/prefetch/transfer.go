@@ -2,6 +2,8 @@ package prefetch
 
 import (
 	"context"
+	"errors"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -11,11 +13,16 @@ import (
 
 // slot is a buffer on its way from reader to writer.
 type slot struct {
-	buf *bufpool.Buffer
-	off int64
+	buf   *bufpool.Buffer
+	off   int64
+	zeros bool // known without reading the base image
 }
 
-// ordered fetches what a profile lists.
+// maxBad is how many reads of the base image in a row may fail before it counts as gone.
+const maxBad = 16
+
+// ordered fetches what a profile lists. Parts that cannot be read are left to the pass over the whole image, unless
+// too many fail.
 func (p *Prefetcher) ordered(ctx context.Context, order Profile) error {
 	work, workCtx := errgroup.WithContext(ctx)
 	work.SetLimit(p.o.OrderReads)
@@ -25,13 +32,12 @@ func (p *Prefetcher) ordered(ctx context.Context, order Profile) error {
 		work.SetLimit(p.o.OrderReads)
 		return err
 	}
-	unit := max(1, p.over.CopyUnit())
-	size := max(maxOrderRead/unit*unit, unit)
+	var bad atomic.Int64
 	for _, run := range order {
 		if run.Offset < 0 || run.Length <= 0 {
 			continue
 		}
-		err := p.eachInBase(run.Offset, run.Offset+run.Length, size, func(off, n int64) error {
+		err := p.eachInBase(run.Offset, run.Offset+run.Length, p.o.orderRead, func(off, n int64) error {
 			if err := p.breathe(ctx, drain); err != nil {
 				return err
 			}
@@ -39,7 +45,17 @@ func (p *Prefetcher) ordered(ctx context.Context, order Profile) error {
 				return context.Cause(workCtx)
 			}
 			fetchCtx := workCtx
-			work.Go(func() error { return p.fetch(fetchCtx, off, n) })
+			work.Go(func() error {
+				err := p.fetch(fetchCtx, off, n)
+				var base *baseError
+				switch {
+				case err == nil:
+					bad.Store(0)
+				case errors.As(err, &base) && bad.Add(1) < maxBad:
+					return nil
+				}
+				return err
+			})
 			return nil
 		})
 		if err != nil {
@@ -68,7 +84,7 @@ func (p *Prefetcher) fetch(ctx context.Context, off, n int64) error {
 	if err := p.load(buf.B, off); err != nil {
 		return err
 	}
-	return p.store(slot{buf, off})
+	return p.store(slot{buf: buf, off: off})
 }
 
 // eachInBase calls fn for what lives in the base image of the blocks that [at, end) touches, at most size bytes at a
@@ -92,7 +108,8 @@ func (p *Prefetcher) eachInBase(at, end, size int64, fn func(off, n int64) error
 	return nil
 }
 
-// pass goes over the whole base image once.
+// pass goes over the whole base image once. It goes on behind what cannot be read, and returns the last such error in
+// the end; when several reads in a row fail it leaves out ever larger parts, and then gives up.
 func (p *Prefetcher) pass(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -114,7 +131,7 @@ func (p *Prefetcher) pass(ctx context.Context) error {
 		}
 	}()
 	drain := func() error { return drainSlots(ctx, free, p.o.Slots) }
-	readErr := p.eachInBase(0, p.over.BaseSize(), p.o.PerPrefetch, func(off, n int64) error {
+	fill := func(off, n int64, zeros bool) error {
 		if err := p.yield(ctx, drain); err != nil {
 			return err
 		}
@@ -128,11 +145,40 @@ func (p *Prefetcher) pass(ctx context.Context) error {
 			return context.Cause(ctx)
 		}
 		buf.B = buf.B[:n]
-		if err := p.readSlot(ctx, buf.B, off); err != nil {
+		if zeros {
+			clear(buf.B)
+		} else if err := p.readSlot(ctx, buf.B, off); err != nil {
 			free <- buf
 			return err
 		}
-		filled <- slot{buf, off}
+		filled <- slot{buf, off, zeros}
+		return nil
+	}
+	known := holes{over: p.over, unit: max(1, p.over.CopyUnit())}
+	var failed error // of the last read that failed
+	bad, next := 0, int64(0)
+	readErr := p.eachInBase(0, p.over.BaseSize(), p.o.PerPrefetch, func(off, n int64) error {
+		for end := off + n; off < end; {
+			zeros, n := known.sameKind(off, end-off)
+			var base *baseError
+			var err error
+			if off >= next {
+				err = fill(off, n, zeros)
+			}
+			switch {
+			case errors.As(err, &base):
+				p.troubled(base.err)
+				next = off + n<<bad
+				if failed, bad = err, bad+1; bad == maxBad {
+					return err
+				}
+			case err != nil:
+				return err
+			case off >= next && !zeros:
+				bad = 0
+			}
+			off += n
+		}
 		return nil
 	})
 	close(filled)
@@ -142,6 +188,9 @@ func (p *Prefetcher) pass(ctx context.Context) error {
 	}
 	if err := context.Cause(ctx); err != nil {
 		return err
+	}
+	if readErr == nil {
+		readErr = failed
 	}
 	return readErr
 }
@@ -187,7 +236,9 @@ func (p *Prefetcher) load(b []byte, off int64) error {
 	p.reading--
 	p.courtesy.charge(busy)
 	if err == nil {
-		p.status.Error = ""
+		if p.status.Error = ""; p.status.State == StateRetrying {
+			p.status.State = StateRunning
+		}
 	}
 	p.mu.Unlock()
 	if err != nil {
@@ -199,6 +250,9 @@ func (p *Prefetcher) load(b []byte, off int64) error {
 
 // writeSlot keeps what was read, within the maximum rate.
 func (p *Prefetcher) writeSlot(ctx context.Context, s slot) error {
+	if s.zeros {
+		return p.store(s)
+	}
 	if err := p.pace(ctx, &p.writePace, int64(len(s.buf.B))); err != nil {
 		return err
 	}
@@ -221,7 +275,12 @@ func (p *Prefetcher) store(s slot) error {
 	if err != nil {
 		return err
 	}
-	p.measured(&p.write, p.o.MinWrite, EventWrite, s.off, kept, p.o.Clock.Now().Sub(start))
+	took := p.o.Clock.Now().Sub(start)
+	if s.zeros {
+		p.keptZeros(s.off, kept, took)
+	} else {
+		p.measured(&p.write, p.o.MinWrite, EventWrite, s.off, kept, took)
+	}
 	p.mu.Lock()
 	p.unsaved += kept
 	due := p.o.CheckpointEvery > 0 && p.unsaved >= p.o.CheckpointEvery
