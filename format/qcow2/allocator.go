@@ -47,7 +47,7 @@ type allocator struct {
 	im    *Image
 	hint  hostCluster  // no free cluster lies before it
 	end   atomic.Int64 // file size in bytes
-	atEnd int64        // file size when the image was opened
+	atEnd int64        // Close leaves the file at least that long: its size when it was opened, or less once it was emptied
 
 	reserve  []freeRun
 	reserved int64 // clusters in reserve
@@ -296,6 +296,15 @@ func (a *allocator) extend(to int64) error {
 	return nil
 }
 
+// allocate reserves space for metadata that is going to be written in place: after an update was accepted, a full
+// file system must not keep its words from the file. What cannot reserve space does without.
+func (a *allocator) allocate(at hostOff, n int64) error {
+	if err := a.file.Allocate(int64(at), n); err != nil && !errors.Is(err, errors.ErrUnsupported) {
+		return fmt.Errorf("%s: reserving %d bytes at offset %#x: %w", a.file.Name(), n, at, err)
+	}
+	return nil
+}
+
 // fileClusters is the number of clusters the file reaches over.
 func (a *allocator) fileClusters() hostCluster { return hostCluster(a.geo.clustersFor(a.end.Load())) }
 
@@ -491,7 +500,15 @@ func (a *allocator) returnReserve() error {
 	return nil
 }
 
-// trim cuts off what the file was extended by in this session and does not need. The counts of the clusters
+// restart forgets what was set aside: the counts say that it is free. Nothing is in use but tables.
+func (a *allocator) restart() {
+	a.reserve, a.reserved, a.hint = nil, 0, 0
+	clear(a.busy)
+	a.packer.next = 0
+}
+
+// trim cuts off what the file was extended by in this session, or holds since the image was emptied, and does not
+// need. The counts of the clusters
 // that it cuts off are durably 0.
 func (a *allocator) trim() error {
 	c := a.fileClusters()
@@ -514,7 +531,9 @@ func (a *allocator) trim() error {
 	if end >= a.end.Load() {
 		return nil
 	}
-	if err := a.file.Truncate(end); err != nil {
+	if err := a.file.Truncate(end); errors.Is(err, errors.ErrUnsupported) {
+		return nil // a block device keeps its size
+	} else if err != nil {
 		return fmt.Errorf("%s: truncating to %d bytes: %w", a.file.Name(), end, err)
 	}
 	a.end.Store(end)
@@ -567,7 +586,7 @@ func (a *allocator) newBlock(b int64, at, from, to hostCluster) error {
 	for c := max(from, base); c < min(to, base+hostCluster(a.geo.refPerBlock)); c++ {
 		setRefcount(buf, a.geo.refOrder, int(c-base), 1)
 	}
-	return a.im.writeMetadata(buf, a.geo.offsetOf(at))
+	return a.im.writeFresh(buf, a.geo.offsetOf(at))
 }
 
 // growTable moves the refcount table to a larger place that lies, together with the blocks that count it,
@@ -609,7 +628,7 @@ func (a *allocator) growTable(need int64) error {
 	if err := a.extend(int64(a.geo.offsetOf(end))); err != nil {
 		return err
 	}
-	if err := a.im.writeMetadata(raw, tableAt); err != nil {
+	if err := a.im.writeFresh(raw, tableAt); err != nil {
 		return err
 	}
 	h := a.im.header

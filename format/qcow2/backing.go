@@ -107,23 +107,18 @@ func (w *committer) replaceHeader(edit func(*Header)) error {
 // replaceHeader works past the log, whose records have no place for it (docs/qcow2-journal.md). Everything that was
 // logged has to be in its place first: the whole header is written, not what changed.
 func (d *journal) replaceHeader(edit func(*Header)) error {
-	d.commits.Lock()
-	defer d.commits.Unlock()
-	if err := d.checkpointNow(); err != nil {
-		return err
-	}
 	im := d.im
-	im.mu.Lock()
-	defer im.mu.Unlock()
-	// A session that has yet to begin will write its extension.
-	trial := *im.header
-	edit(&trial)
-	edited, err := trial.Encode()
-	if err == nil {
-		err = d.headerHasRoom(edited, &trial)
-	}
-	if err != nil {
-		return fmt.Errorf("%s: with the journal's extension: %w", im.file.Name(), err)
-	}
-	return im.editHeader(edit)
+	return d.quiesced(func() error {
+		// A session that has yet to begin will write its extension.
+		trial := *im.header
+		edit(&trial)
+		edited, err := trial.Encode()
+		if err == nil {
+			err = d.headerHasRoom(edited, &trial)
+		}
+		if err != nil {
+			return fmt.Errorf("%s: with the journal's extension: %w", im.file.Name(), err)
+		}
+		return im.editHeader(edit)
+	})
 }

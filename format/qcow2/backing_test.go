@@ -365,7 +365,7 @@ func TestSetBackingCrash(t *testing.T) {
 						return fmt.Errorf("the image names %q (%q), want one of %q", h.BackingFile, h.BackingFormat, allowed)
 					},
 				}
-				r, err := crashlab.Explore(context.Background(), sc, crashlab.Options{States: 800, Seed: 1})
+				r, err := crashlab.Explore(context.Background(), sc, crashlab.Options{States: fewer(800), Seed: 1})
 				if err != nil {
 					t.Fatal(err)
 				}

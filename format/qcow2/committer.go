@@ -152,6 +152,17 @@ func (w *committer) publishBlocks(words []tableWord) error {
 	return nil
 }
 
+func (w *committer) quiesced(fn func() error) error {
+	w.commits.Lock()
+	defer w.commits.Unlock()
+	if err := w.commit(true); err != nil {
+		return err
+	}
+	w.im.mu.Lock()
+	defer w.im.mu.Unlock()
+	return fn()
+}
+
 // progress has no place: what a crash interrupts stays unfinished, which is a leak.
 func (w *committer) progress(operation) {}
 

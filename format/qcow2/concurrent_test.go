@@ -94,9 +94,7 @@ func stripeWorker(w *world, id, workers int, stripe int64) error {
 		case 0, 1, 2, 3:
 			at, m := r.Int64N(n), int64(0)
 			m = 1 + r.Int64N(n-at)
-			for i := at; i < at+m; i++ {
-				want[i] = byte(r.Uint32())
-			}
+			fillRandom(r, want[at:at+m])
 			if _, err := w.im.WriteAt(want[at:at+m], off+at); err != nil {
 				return err
 			}

@@ -22,6 +22,7 @@ type operationCost struct {
 // TestCostOfDisciplines holds every discipline to the number of barriers that it promises for an operation in
 // steady state (docs/disciplines.md). What is set aside in batches may add a twentieth.
 func TestCostOfDisciplines(t *testing.T) {
+	withoutRace(t)
 	const most = 1.05
 	for _, c := range []operationCost{
 		{"allocating write", 1, emptyDisk, Synchronous, 2},

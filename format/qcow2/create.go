@@ -200,19 +200,8 @@ func (c *creation) layout() {
 		}
 	}
 	l1Clusters := c.g.clustersFor(l1Entries * 8)
-	content := 1 + l1Clusters + c.tables + dataClusters
-	// The refcount structures count themselves, so their size is the fixed point of its own function; it
-	// grows by less than it is fed, hence the loop ends.
-	tableClusters := int64(1)
-	for c.blocks = 1; ; {
-		total := content + tableClusters + c.blocks
-		blocks := (total + c.g.refPerBlock - 1) / c.g.refPerBlock
-		table := c.g.clustersFor(blocks * 8)
-		if blocks == c.blocks && table == tableClusters {
-			break
-		}
-		c.blocks, tableClusters = blocks, table
-	}
+	tableClusters, blocks := c.g.refcountClusters(1 + l1Clusters + c.tables + dataClusters)
+	c.blocks = blocks
 	c.refBlocks = hostCluster(1 + tableClusters)
 	c.l1 = c.refBlocks + hostCluster(c.blocks)
 	c.l2 = c.l1 + hostCluster(l1Clusters)

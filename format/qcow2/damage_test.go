@@ -141,7 +141,23 @@ func mustJSON(v any) string {
 }
 
 // scenarios are healthy images with something of everything.
-func scenarios(t testing.TB) map[string]string {
+func scenarios(t testing.TB) map[string]*storage.Memory {
+	t.Helper()
+	var paths map[string]string
+	images := make(map[string]*storage.Memory)
+	for _, name := range []string{"plain", "small", "big", "extended", "v2", "snapshots", "bitmaps", "full"} {
+		images[name] = madeByQEMU.copyOf(t, "scenario "+name, func() string {
+			if paths == nil {
+				paths = makeScenarios(t)
+			}
+			return paths[name]
+		})
+	}
+	return images
+}
+
+// makeScenarios has QEMU make the scenarios and returns where they are.
+func makeScenarios(t testing.TB) map[string]string {
 	t.Helper()
 	busy := []string{"write -P 1 0 70k", "write -P 2 200k 8k", "write -c -P 3 320k 64k", "write -z 400k 64k", "write -P 4 900k 1k", "write -zu 0 2k"}
 	plain := qemuCreate(t, "cluster_size=4096", "1M", busy...)
@@ -163,8 +179,7 @@ func scenarios(t testing.TB) map[string]string {
 }
 
 func TestCheckHealthy(t *testing.T) {
-	for name, path := range scenarios(t) {
-		f := loadImage(t, path)
+	for name, f := range scenarios(t) {
 		ours, collisions := ourVerdict(t, f, RepairNone)
 		if diff := diffVerdicts(ours, qemuVerdict(t, f)); diff != "" || len(collisions) > 0 || ours.exitCode() != 0 {
 			t.Errorf("%s: %s%q", name, diff, collisions)
@@ -175,7 +190,7 @@ func TestCheckHealthy(t *testing.T) {
 // TestCheckRandomDamage damages table words at random and compares the verdict with qemu-img's. The number of
 // rounds comes from PLATTER_CHECK_ROUNDS, the seed from PLATTER_CHECK_SEED.
 func TestCheckRandomDamage(t *testing.T) {
-	rounds, seed := envInt(t, "PLATTER_CHECK_ROUNDS", 60), envInt(t, "PLATTER_CHECK_SEED", 1)
+	rounds, seed := envInt(t, "PLATTER_CHECK_ROUNDS", fewer(60)), envInt(t, "PLATTER_CHECK_SEED", 1)
 	images := scenarios(t)
 	names := make([]string, 0, len(images))
 	for name := range images {
@@ -186,7 +201,7 @@ func TestCheckRandomDamage(t *testing.T) {
 	for round := range rounds {
 		r := rand.New(rand.NewPCG(uint64(seed), uint64(round)))
 		name := names[r.IntN(len(names))]
-		f := loadImage(t, images[name])
+		f := copyImage(t, images[name])
 		edits := randomDamage(t, r, f)
 		apply(t, f, edits...)
 		ours, collisions := ourVerdict(t, f, RepairNone)
@@ -372,7 +387,7 @@ func tableWords(t testing.TB, f storage.File) []int64 {
 
 // TestCheckRandomDamageDataFile is TestCheckRandomDamage for images with an external data file.
 func TestCheckRandomDamageDataFile(t *testing.T) {
-	rounds, seed := envInt(t, "PLATTER_CHECK_ROUNDS", 30), envInt(t, "PLATTER_CHECK_SEED", 1)
+	rounds, seed := envInt(t, "PLATTER_CHECK_ROUNDS", fewer(30)), envInt(t, "PLATTER_CHECK_SEED", 1)
 	testenv.Need(t, "qemu-img", "qemu-io")
 	dir := t.TempDir()
 	path, data := filepath.Join(dir, "disk.qcow2"), filepath.Join(dir, "data.raw")

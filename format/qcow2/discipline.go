@@ -71,6 +71,11 @@ type discipline interface {
 	// not Image.mu.
 	replaceHeader(edit func(*Header)) error
 
+	// quiesced runs fn, which holds Image.mu, while nothing of the metadata is on its way: what was accepted is durable
+	// and in its place, and no flush or checkpoint is under way. The caller holds Image.resizing and the whole guest
+	// range, and not Image.mu.
+	quiesced(fn func() error) error
+
 	// flush makes everything that was accepted before the call durable.
 	flush() error
 

@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"flag"
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"strconv"
 	"syscall"
 	"testing"
 	"time"
@@ -371,4 +373,34 @@ func fewer(n int) int {
 		return n / 4
 	}
 	return n
+}
+
+// sampled reports whether the i-th case of a matrix runs. The race detector has little to find in cases that one
+// goroutine works on: it sees every fifth, a number that the dimensions of no matrix divide. Without it all run.
+func sampled(i int) bool { return !raceEnabled || i%5 == 0 }
+
+// withoutRace skips a test that one goroutine works on and that the race detector makes ten times slower.
+func withoutRace(t *testing.T) {
+	t.Helper()
+	if raceEnabled {
+		t.Skip("one goroutine: runs without the race detector")
+	}
+}
+
+// fewerChecks has the rapid checks of t try fewer cases where each takes an order of magnitude longer.
+func fewerChecks(t *testing.T) {
+	t.Helper()
+	const name = "rapid.checks"
+	all := flag.Lookup(name).Value.String()
+	n, err := strconv.Atoi(all)
+	if err != nil {
+		t.Fatal(err)
+	}
+	set := func(v string) {
+		if err := flag.Set(name, v); err != nil {
+			t.Fatal(err)
+		}
+	}
+	set(strconv.Itoa(max(fewer(n), 1)))
+	t.Cleanup(func() { set(all) })
 }

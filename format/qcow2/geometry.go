@@ -81,3 +81,19 @@ func (g *geometry) offsetOf(c hostCluster) hostOff { return hostOff(c) << g.clus
 func (g *geometry) clustersFor(n int64) int64 {
 	return int64((uint64(n) + uint64(g.clusterSize) - 1) >> g.clusterBits)
 }
+
+// refcountClusters returns the size in clusters of the refcount table, and the number of refcount blocks, of an image
+// that has content other clusters: they count all clusters, one block after the other.
+func (g *geometry) refcountClusters(content int64) (table, blocks int64) {
+	// The refcount structures count themselves, so their size is the fixed point of its own function; it
+	// grows by less than it is fed, hence the loop ends.
+	for table, blocks = 1, 1; ; {
+		total := content + table + blocks
+		b := (total + g.refPerBlock - 1) / g.refPerBlock
+		t := g.clustersFor(b * 8)
+		if b == blocks && t == table {
+			return table, blocks
+		}
+		blocks, table = b, t
+	}
+}

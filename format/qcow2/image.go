@@ -114,30 +114,9 @@ func Open(f storage.File, o Options) (*Image, error) {
 	if err := o.Mutant.validate(); err != nil {
 		return nil, err
 	}
-	h, err := ReadHeader(f)
+	f, h, err := readForUse(f, &o)
 	if err != nil {
 		return nil, err
-	}
-	if h.Incompatible&IncompatJournal != 0 {
-		if f, h, err = openJournalled(f, h, &o); err != nil {
-			return nil, err
-		}
-	}
-	if !o.ReadOnly {
-		if h.Incompatible&IncompatCorrupt != 0 {
-			return nil, &FormatError{
-				File: f.Name(), Problem: "qcow2: Image is corrupt; cannot be opened read/write", Field: "incompatible_features",
-				Found: fmt.Sprintf("%#x", h.Incompatible), Expected: "bit 1 (corrupt) clear",
-			}
-		}
-		if h.Incompatible&IncompatDirty != 0 {
-			if err := repairDirty(f, h); err != nil {
-				return nil, err
-			}
-			if h, err = ReadHeader(f); err != nil {
-				return nil, err
-			}
-		}
 	}
 	if h.BackingFile != "" && o.Backing == nil && !o.NoBacking {
 		return nil, fmt.Errorf("%s: the image needs its backing file %q", f.Name(), printable(h.BackingFile))
@@ -164,6 +143,38 @@ func Open(f storage.File, o Options) (*Image, error) {
 		}
 	}
 	return im, nil
+}
+
+// readForUse reads the header of an image, and recovers an image that was not closed: in the file, or for a reader in
+// the view of the file that it returns.
+func readForUse(f storage.File, o *Options) (storage.File, *Header, error) {
+	h, err := ReadHeader(f)
+	if err != nil {
+		return nil, nil, err
+	}
+	if h.Incompatible&IncompatJournal != 0 {
+		if f, h, err = openJournalled(f, h, o); err != nil {
+			return nil, nil, err
+		}
+	}
+	if o.ReadOnly {
+		return f, h, nil
+	}
+	if h.Incompatible&IncompatCorrupt != 0 {
+		return nil, nil, &FormatError{
+			File: f.Name(), Problem: "qcow2: Image is corrupt; cannot be opened read/write", Field: "incompatible_features",
+			Found: fmt.Sprintf("%#x", h.Incompatible), Expected: "bit 1 (corrupt) clear",
+		}
+	}
+	if h.Incompatible&IncompatDirty != 0 {
+		if err := repairDirty(f, h); err != nil {
+			return nil, nil, err
+		}
+		if h, err = ReadHeader(f); err != nil {
+			return nil, nil, err
+		}
+	}
+	return f, h, nil
 }
 
 // makeImage makes an image of which no table has been looked at.
@@ -602,6 +613,16 @@ func (im *Image) writeMetadata(p []byte, at hostOff) error {
 	return nil
 }
 
+// writeFresh writes metadata to clusters that nothing refers to yet. When that fails, for want of space as a rule,
+// nothing is lost: the caller gives the clusters back and whoever needed them may try again.
+func (im *Image) writeFresh(p []byte, at hostOff) error {
+	if _, err := im.file.WriteAt(p, int64(at)); err != nil {
+		return fmt.Errorf("%s: new metadata at offset %#x: %w", im.file.Name(), at, err)
+	}
+	im.wrote()
+	return nil
+}
+
 // headerField is a range of header bytes inside the first sector that one write changes atomically
 // (specification section 2).
 type headerField struct{ from, to int }
@@ -610,6 +631,7 @@ var (
 	fieldSize          = headerField{24, 32}
 	fieldDisk          = headerField{24, 48} // size and L1 table
 	fieldL1            = headerField{36, 48}
+	fieldTables        = headerField{36, 60} // L1 table and refcount table
 	fieldRefcountTable = headerField{48, 60}
 	fieldSnapshots     = headerField{60, 72}
 	fieldFeatures      = headerField{72, 96}

@@ -223,6 +223,17 @@ func (d *journal) writeback() error {
 	return d.checkpointNow()
 }
 
+func (d *journal) quiesced(fn func() error) error {
+	d.commits.Lock()
+	defer d.commits.Unlock()
+	if err := d.checkpointNow(); err != nil {
+		return err
+	}
+	d.im.mu.Lock()
+	defer d.im.mu.Unlock()
+	return fn()
+}
+
 func (d *journal) checkpointNow() error {
 	d.inPlace.Wait()
 	if err := d.commit(true); err != nil {

@@ -26,6 +26,7 @@ func checkedOverlay(t testing.TB) (*Image, *countingFile) {
 // TestCostOfDataChecksums: a copy-on-write and a flush are one barrier; so are many copy-on-writes, up to the bytes
 // that are worth a checksum.
 func TestCostOfDataChecksums(t *testing.T) {
+	withoutRace(t)
 	for _, c := range []struct {
 		batch int
 		syncs float64

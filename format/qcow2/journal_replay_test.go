@@ -181,11 +181,7 @@ func (r *readCounter) ReadAt(p []byte, off int64) (int, error) {
 // fullRing fills a ring of 4 MiB with what a hostile writer may think of.
 func fullRing(t *testing.T, records func(r *rand.Rand, i int) []byte) *craftedJournal {
 	t.Helper()
-	size := int64(4 << 20)
-	if raceEnabled {
-		size >>= 2
-	}
-	c := craftJournal(t, 65536, size)
+	c := craftJournal(t, 65536, 4<<20)
 	r := rand.New(rand.NewPCG(1, 2))
 	for n := c.h.Journal.ringBlocks(); c.lsn <= n; {
 		var payload []byte
@@ -204,6 +200,7 @@ func fullRing(t *testing.T, records func(r *rand.Rand, i int) []byte) *craftedJo
 // TestReplayIsLinear replays rings that are full of records and revokes of the same places: the work is bounded by
 // the number of records and what they change, not by their product.
 func TestReplayIsLinear(t *testing.T) {
+	withoutRace(t)
 	const where = 1 << 40
 	eight := make([]byte, 8)
 	for name, records := range map[string]func(r *rand.Rand, i int) []byte{

@@ -33,6 +33,9 @@ func (d *journal) begin() (err error) {
 	if err := im.alloc.extend(int64(im.geo.offsetOf(start)) + size); err != nil {
 		return err
 	}
+	if err := im.alloc.allocate(im.geo.offsetOf(start), size); err != nil {
+		return err
+	}
 	im.alloc.journal = hostRun{start: start, n: size >> im.geo.clusterBits}
 	d.ext.Offset, d.ext.Size = uint64(im.geo.offsetOf(start)), uint64(size)
 	if err := d.identify(d.ext.UUID[:]); err != nil {

@@ -28,9 +28,14 @@ func (im *Image) ownL2(off guestOff) error {
 }
 
 func (im *Image) ownL2Locked(i int64) error {
-	e := im.l1.Load().entry(i)
+	l1 := im.l1.Load()
+	e := l1.entry(i)
 	if e.copied() && e.offset() != 0 {
 		return nil // somebody else was first
+	}
+	// Of the L1 table of a new image nothing has been written.
+	if err := im.alloc.allocate(l1.at+hostOff(i/sectorWords*sectorSize), sectorSize); err != nil {
+		return err
 	}
 	fresh, err := im.alloc.take(1, e.offset() == 0)
 	if err != nil {
@@ -40,13 +45,15 @@ func (im *Image) ownL2Locked(i int64) error {
 	u := update{first: i, words: []uint64{uint64(at) | entryCopied}, uses: []freeRun{fresh}}
 	if e.offset() == 0 && fresh.zeroed != never {
 		// A table of zeros maps nothing, which is what was there before: it owes no barrier to the L1 word.
+		err = im.alloc.allocate(at, im.geo.clusterSize)
 		u.exposes = fresh.zeroed
 	} else {
-		if err := im.writeNewL2(e.offset(), at); err != nil {
-			im.alloc.giveBack(fresh)
-			return err
-		}
+		err = im.writeNewL2(e.offset(), at)
 		u.exposes = im.gen
+	}
+	if err != nil {
+		im.alloc.giveBack(fresh)
+		return err
 	}
 	if e.offset() != 0 {
 		u.releases = []hostRun{{start: im.geo.clusterOf(e.offset()), n: 1, table: true}}
@@ -79,7 +86,7 @@ func (im *Image) writeNewL2(from, to hostOff) error {
 			raw[i*g.entrySize()] &^= entryCopied >> 56
 		}
 	}
-	return im.writeMetadata(raw, to)
+	return im.writeFresh(raw, to)
 }
 
 // overlayCached replaces what raw, the contents of a table in the file, has not yet of the cached changes.

@@ -28,6 +28,7 @@ const (
 	MutantOverwriteEarly Mutant = "journal-overwrite-early"       // data checksums: data in doubt is overwritten
 	MutantStaleCopied    Mutant = "stale-copied-on-apply"         // an applied tree has the COPIED bits of before
 	MutantInPlaceL1      Mutant = "in-place-l1"                   // a snapshot is applied over the active L1 table
+	MutantMoveEarly      Mutant = "move-before-tables"            // the header points to moved tables before they are written
 )
 
 // Mutants lists the wrong orders that Options.Mutant takes and the disciplines that each applies to.
@@ -41,6 +42,7 @@ func Mutants() map[Mutant][]string {
 		MutantRingEarly: {Journal}, MutantSameSession: {Journal}, MutantRevokeIgnored: {Journal}, MutantOpstateIgnored: {Journal},
 		MutantSumsIgnored: {Journal}, MutantOverwriteEarly: {Journal},
 		MutantStaleCopied: {Synchronous, Ordered}, MutantInPlaceL1: inPlace,
+		MutantMoveEarly: {Synchronous, Ordered, Journal}, // under Lazy the tables are rebuilt
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/platter-disk/platter/internal/testenv"
@@ -57,7 +58,7 @@ func loadImage(t testing.TB, path string) *storage.Memory {
 		t.Fatal(err)
 	}
 	m := storage.NewMemory(path)
-	const chunk = 512
+	const chunk = 4096 // the page of a Memory, which is there or not as a whole
 	for off := 0; off < len(data); off += chunk {
 		p := data[off:min(off+chunk, len(data))]
 		if bytes.Count(p, []byte{0}) == len(p) {
@@ -108,6 +109,25 @@ func qemuInfo(t testing.TB, path string) map[string]any {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	return info
+}
+
+// qemuImages are images that QEMU made and that many tests start from, by name.
+type qemuImages struct {
+	mu     sync.Mutex
+	byName map[string]*storage.Memory
+}
+
+var madeByQEMU = qemuImages{byName: make(map[string]*storage.Memory)}
+
+// copyOf returns a copy of the image of that name, which the first call has create make and return the path of.
+func (q *qemuImages) copyOf(t testing.TB, name string, create func() string) *storage.Memory {
+	t.Helper()
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.byName[name] == nil {
+		q.byName[name] = loadImage(t, create())
+	}
+	return copyImage(t, q.byName[name])
 }
 
 // qemuCreate makes an image with qemu-img, runs a qemu-io script on it, and returns its path.

@@ -15,6 +15,7 @@ import (
 // qemu-img, and our checker finds nothing.
 func TestReadsWhatQEMUWrites(t *testing.T) {
 	testenv.Need(t, "qemu-img", "qemu-io")
+	cases := 0
 	for _, compat := range []string{"0.10", "1.1"} {
 		for _, cluster := range []int64{512, 4096, 65536, 2 << 20} {
 			for _, bits := range []int{1, 16, 64} {
@@ -27,7 +28,11 @@ func TestReadsWhatQEMUWrites(t *testing.T) {
 						if compat == "1.1" {
 							options += fmt.Sprintf(",refcount_bits=%d,extended_l2=%t", bits, extended)
 						}
+						if cases++; !sampled(cases) {
+							continue
+						}
 						t.Run(fmt.Sprintf("%s,backed=%t", options, backed), func(t *testing.T) {
+							t.Parallel() // it waits for QEMU most of the time
 							readQEMUImage(t, options, cluster, bits, backed)
 						})
 					}
@@ -40,7 +45,11 @@ func TestReadsWhatQEMUWrites(t *testing.T) {
 func readQEMUImage(t *testing.T, options string, cluster int64, bits int, backed bool) {
 	dir := t.TempDir()
 	path, base := filepath.Join(dir, "image"), filepath.Join(dir, "base")
-	size := max(40*cluster, 1<<20) + 1536
+	clusters := int64(40)
+	if cluster > 1<<20 {
+		clusters = 12 // that are enough bytes to write, convert and compare
+	}
+	size := max(clusters*cluster, 1<<20) + 1536
 	var backing *memDevice
 	args := []string{"create", "-q", "-f", "qcow2", "-o", options}
 	if backed {
@@ -56,7 +65,7 @@ func readQEMUImage(t *testing.T, options string, cluster int64, bits int, backed
 	// qemu-io compresses only into clusters that are not allocated. Streams share host clusters, which counts of
 	// one bit cannot say.
 	for i := int64(0); i < 8 && bits > 1; i++ {
-		script = append(script, fmt.Sprintf("write -c -P %d %d %d", i+1, i*3*cluster, cluster))
+		script = append(script, fmt.Sprintf("write -c -P %d %d %d", i+1, i*(clusters/12)*cluster, cluster))
 	}
 	for range 40 {
 		n := min((1+r.Int64N(3*cluster/512))*512, 3<<20)

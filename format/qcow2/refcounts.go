@@ -65,6 +65,13 @@ func openRefcounts(f storage.File, geo *geometry, h *Header, cacheBytes int64) (
 	return r, nil
 }
 
+// replace has other tables take the place of all those there were. Everything in them is in the file.
+func (r *refcounts) replace(table []uint64, at hostOff) {
+	r.table, r.at = table, at
+	clear(r.pieces)
+	r.order, r.hand, r.last = nil, 0, nil
+}
+
 // blockOf returns the index of the block that counts a cluster and the cluster's place in it.
 func (r *refcounts) blockOf(c hostCluster) (block int64, index int64) {
 	return int64(c) / r.geo.refPerBlock, int64(c) % r.geo.refPerBlock

@@ -61,7 +61,7 @@ func copyInto(t testing.TB, to, from storage.File) {
 // TestRepairRandomDamage repairs what TestCheckRandomDamage damages. Our own second examination, QEMU's
 // examination of the repaired image and a second repair must all agree, and no byte of the disk may change.
 func TestRepairRandomDamage(t *testing.T) {
-	rounds, seed := envInt(t, "PLATTER_CHECK_ROUNDS", 60), envInt(t, "PLATTER_CHECK_SEED", 1)
+	rounds, seed := envInt(t, "PLATTER_CHECK_ROUNDS", fewer(60)), envInt(t, "PLATTER_CHECK_SEED", 1)
 	images := scenarios(t)
 	names := slices.Sorted(func(yield func(string) bool) {
 		for name := range images {
@@ -75,7 +75,7 @@ func TestRepairRandomDamage(t *testing.T) {
 	for round := range rounds {
 		r := rand.New(rand.NewPCG(uint64(seed)+1000, uint64(round)))
 		name := names[r.IntN(len(names))]
-		f := loadImage(t, images[name])
+		f := copyImage(t, images[name])
 		edits := randomDamage(t, r, f)
 		apply(t, f, edits...)
 		damaged := copyImage(t, f)
@@ -225,7 +225,9 @@ func TestRepairCrash(t *testing.T) {
 // table, and data in clusters 5 to 12; then it applies the edits.
 func damagedImage(t testing.TB, edits ...edit) *storage.Memory {
 	t.Helper()
-	f := loadImage(t, qemuCreate(t, "cluster_size=4096", "1M", "write -P 1 0 32k"))
+	f := madeByQEMU.copyOf(t, "damagedImage", func() string {
+		return qemuCreate(t, "cluster_size=4096", "1M", "write -P 1 0 32k")
+	})
 	if err := f.Truncate(24 * 4096); err != nil { // room for clusters that belong to nobody
 		t.Fatal(err)
 	}
@@ -254,14 +256,16 @@ func snapshotDamage(t testing.TB) *storage.Memory {
 // snapshotImage makes an image with the snapshots "a" and "b" and returns where its snapshot table is.
 func snapshotImage(t testing.TB) (f *storage.Memory, table int64) {
 	t.Helper()
-	path := qemuCreate(t, "cluster_size=4096", "1M", "write -P 1 0 32k")
-	for _, name := range []string{"a", "b"} {
-		if code, _, errs := qemu(t, "qemu-img", "snapshot", "-c", name, path); code != 0 {
-			t.Fatal(errs)
+	f = madeByQEMU.copyOf(t, "snapshotImage", func() string {
+		path := qemuCreate(t, "cluster_size=4096", "1M", "write -P 1 0 32k")
+		for _, name := range []string{"a", "b"} {
+			if code, _, errs := qemu(t, "qemu-img", "snapshot", "-c", name, path); code != 0 {
+				t.Fatal(errs)
+			}
+			qemuIO(t, path, "write -P 2 8k 4k")
 		}
-		qemuIO(t, path, "write -P 2 8k 4k")
-	}
-	f = loadImage(t, path)
+		return path
+	})
 	h, err := ReadHeader(f)
 	if err != nil {
 		t.Fatal(err)

@@ -283,5 +283,9 @@ func (im *Image) writeTable(raw []byte) (freeRun, error) {
 	}
 	whole := make([]byte, run.n<<im.geo.clusterBits)
 	copy(whole, raw)
-	return run, im.writeMetadata(whole, im.geo.offsetOf(run.start))
+	if err := im.writeFresh(whole, im.geo.offsetOf(run.start)); err != nil {
+		im.alloc.giveBack(run)
+		return freeRun{}, err
+	}
+	return run, nil
 }

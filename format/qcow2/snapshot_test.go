@@ -86,6 +86,7 @@ func TestSnapshotTableRoundTrip(t *testing.T) {
 }
 
 func TestEncodeSnapshotsRefuses(t *testing.T) {
+	withoutRace(t)
 	for name, list := range map[string][]Snapshot{
 		"name":    {{Name: strings.Repeat("n", 65536)}},
 		"id":      {{ID: strings.Repeat("n", 65536)}},
@@ -108,6 +109,7 @@ func slicesOf(n int, s Snapshot) []Snapshot {
 }
 
 func TestReadSnapshotsRefuses(t *testing.T) {
+	withoutRace(t)
 	for _, tc := range []struct {
 		make func(testing.TB) *storage.Memory
 		want string

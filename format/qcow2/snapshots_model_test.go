@@ -86,6 +86,7 @@ func (w *world) verifySnapshot(f fataler, k kept) {
 
 // TestSnapshotModel mixes snapshots with everything else, against byte arrays.
 func TestSnapshotModel(t *testing.T) {
+	fewerChecks(t)
 	rapid.Check(t, func(rt *rapid.T) {
 		cfg := drawConfig(rt)
 		if cfg.create.DataFileName != "" {

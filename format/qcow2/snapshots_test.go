@@ -297,6 +297,7 @@ func TestOperation(t *testing.T) {
 // TestCostSnapshot: copying what a snapshot shares costs no more barriers than any copy-on-write, however many
 // clusters a flush covers.
 func TestCostSnapshot(t *testing.T) {
+	withoutRace(t)
 	for how, most := range map[string]float64{Ordered: 4, Journal: 2, Lazy: 4} {
 		im, f := costImage(t, CreateOptions{Size: 1 << 30}, Options{Discipline: how})
 		data := bytes.Repeat([]byte{1}, 1<<20)

@@ -48,7 +48,7 @@ func TestSnapshotsSurvive(t *testing.T) {
 			}
 			w.open(t)
 			r := rand.New(rand.NewPCG(uint64(i), 9))
-			for range 300 {
+			for range fewer(300) {
 				w.step(t, r)
 			}
 			w.verify(t, 0, int64(len(w.want)))
@@ -93,9 +93,7 @@ func TestStructuresGrow(t *testing.T) {
 	r := rand.New(rand.NewPCG(5, 5))
 	for off := int64(0); off < int64(len(w.want)); off += 64 << 10 {
 		p := w.want[off : off+64<<10]
-		for i := range p {
-			p[i] = byte(r.Uint32())
-		}
+		fillRandom(r, p)
 		if _, err := w.im.WriteAt(p, off); err != nil {
 			t.Fatal(err)
 		}
@@ -121,9 +119,9 @@ func TestStructuresGrow(t *testing.T) {
 
 // TestCloseGivesBack: what was counted ahead and not used leaves no trace.
 func TestCloseGivesBack(t *testing.T) {
-	w := newWorld(t, t, modelConfig{create: CreateOptions{Size: 64 << 20, ClusterSize: 65536, RefcountBits: 16, Version: 3}}, 1)
+	w := newWorld(t, t, modelConfig{create: CreateOptions{Size: 8 << 20, ClusterSize: 65536, RefcountBits: 16, Version: 3}}, 1)
 	for i := range int64(40) {
-		if _, err := w.im.WriteAt([]byte{1}, i<<20); err != nil {
+		if _, err := w.im.WriteAt([]byte{1}, i<<17); err != nil {
 			t.Fatal(err)
 		}
 		if err := w.im.Flush(); err != nil {
@@ -137,9 +135,9 @@ func TestCloseGivesBack(t *testing.T) {
 	if size, err := storage.File(w.file).Size(); err != nil || size != 45*65536 {
 		t.Errorf("the file has %d bytes (%v), want %d", size, err, 45*65536)
 	}
-	w.want = make([]byte, 64<<20)
+	w.want = make([]byte, 8<<20)
 	for i := range 40 {
-		w.want[i<<20] = 1
+		w.want[i<<17] = 1
 	}
 	w.judge(t, t)
 }

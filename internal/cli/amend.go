@@ -3,63 +3,59 @@ package cli
 import (
 	"errors"
 	"fmt"
-	"io"
 	"slices"
+	"strconv"
 
 	"github.com/spf13/cobra"
 
 	"github.com/platter-disk/platter/block"
 	"github.com/platter-disk/platter/format/fvd"
+	"github.com/platter-disk/platter/format/qcow2"
 	"github.com/platter-disk/platter/image"
+	"github.com/platter-disk/platter/storage"
 )
 
 func newAmendCommand() *cobra.Command {
 	var (
 		open    openFlags
-		options []string
+		options optionsFlag
 		quiet   bool
 	)
 	cmd := &cobra.Command{
 		Use:   "amend [flags] -o OPTIONS FILENAME",
-		Short: "Change what an FVD image says about itself",
-		Long: `Change settings in the header of an image in format fvd that nobody has open: its base
-image and data file, copy-on-read and prefetching, the journal's buffer, its size.
-Sizes are in bytes, or have a suffix k, M, G …; rates are in KB/s, times in ms.
+		Short: "Change what an image says about itself",
+		Long: `Change settings in the header of an image that nobody has open. Sizes are in bytes, or
+have a suffix k, M, G …; rates are in KB/s, times in ms. A crash leaves the old settings
+or the new ones.
 
-base_img names another copy of the same bytes; nothing is copied ("platter rebase"
-copies what differs). An empty name is accepted once nothing lives there any more.
+In format qcow2: compat=1.1 brings an image of version 2 to version 3 (there is no way
+back), lazy_refcounts=on|off chooses how counts are kept, data_file_raw=off no longer
+promises that the data file is a raw image, size makes the disk larger.
 
-clean_shutdown=on marks an image without a journal as usable after a crash, and may
-hide lost writes: check it first.
-
-Images in format qcow2 have no such settings here.`,
-		Example: `  platter amend -o help
+In format fvd: the base image and data file, copy-on-read and prefetching, the journal's
+buffer, the size. base_img names another copy of the same bytes; nothing is copied
+("platter rebase" copies what differs). An empty name is accepted once nothing lives
+there any more. clean_shutdown=on marks an image without a journal as usable after a
+crash, and may hide lost writes: check it first.`,
+		Example: `  platter amend -f qcow2 -o help
+  platter amend -o compat=1.1,lazy_refcounts=on disk.qcow2
   platter amend -o copy_on_read=on,prefetch_start_delay=30 clone.fvd
   platter amend -o base_img=/mnt/images/base.qcow2 clone.fvd`,
 		Args: cobra.ArbitraryArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if wantsOptionHelp(options) {
-				printAmendHelp(cmd.OutOrStdout())
-				return nil
-			}
-			params, _, err := parseOptionLists(options)
+			params, help, err := options.read(cmd, &open)
 			if err != nil {
 				return err
 			}
-			if err := open.check(cmd); err != nil {
-				return err
-			}
 			switch {
+			case help:
+				return printAmendHelp(cmd, open.format)
 			case len(params) == 0:
 				return usagef(cmd, "Must specify options (-o)")
 			case len(args) != 1:
 				return usagef(cmd, "Expecting one image file name")
 			}
-			a, err := newAmendment(params)
-			if err != nil {
-				return err
-			}
-			if err := a.apply(cmd, &open, args[0]); err != nil {
+			if err := amend(cmd, &open, args[0], params); err != nil {
 				return err
 			}
 			if !quiet {
@@ -69,63 +65,93 @@ Images in format qcow2 have no such settings here.`,
 		},
 	}
 	open.register(cmd, "`FORMAT` of the image; guessed when not given")
-	fs := cmd.Flags()
-	fs.StringArrayVarP(&options, "options", "o", nil, "`OPTIONS` to change, name=value between commas;\n\"-o help\" lists them")
-	fs.BoolVarP(&quiet, "quiet", "q", false, "print nothing but errors")
+	options.register(cmd, "`OPTIONS` to change, name=value between commas;\n\"-o help\" lists them")
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print nothing but errors")
 	return cmd
 }
 
 // amendSize is the setting that is not a field of its own: changing it lays out the new part of the disk.
 const amendSize = "size"
 
-// amendSizes are the settings that are sizes in bytes.
-var amendSizes = []string{"max_outstanding_copy_on_read_data", "bytes_per_prefetch", "storage_grow_unit", "journal_buf_size"}
+// amendSpecs returns what amend can change in images of a format; ok is false if it cannot change any.
+func amendSpecs(format string) (specs []optionSpec, ok bool) {
+	switch format {
+	case "qcow2":
+		all, _ := createSpecs(format)
+		for _, name := range []string{"compat", "data_file_raw", "lazy_refcounts", "refcount_bits", amendSize} {
+			specs = append(specs, *findSpec(all, name))
+		}
+	case "fvd":
+		sizes := []string{"max_outstanding_copy_on_read_data", "bytes_per_prefetch", "storage_grow_unit", "journal_buf_size"}
+		specs = []optionSpec{{name: amendSize, kind: optionSize}}
+		for _, name := range fvd.SettingNames() {
+			kind := optionString
+			if slices.Contains(sizes, name) {
+				kind = optionSize
+			}
+			specs = append(specs, optionSpec{name: name, kind: kind})
+		}
+	}
+	return specs, specs != nil
+}
 
 // amendment is what amend is to change.
 type amendment struct {
-	size     int64 // 0: stays
-	settings []fvd.Setting
+	size     int64       // 0: stays
+	settings []parameter // in their canonical spelling
 }
 
-func newAmendment(params []parameter) (*amendment, error) {
+func newAmendment(format string, params []parameter) (*amendment, error) {
+	specs, ok := amendSpecs(format)
+	if !ok {
+		return nil, errNoAmendments(format)
+	}
 	a := &amendment{}
 	for _, p := range params {
-		switch {
-		case p.name == amendSize:
-			n, err := sizeParameter(p.name, p.value)
-			if err != nil {
-				return nil, err
-			}
-			if n == 0 {
-				return nil, errSizeNotPositive
-			}
-			a.size = n
-		case !slices.Contains(fvd.SettingNames(), p.name):
-			return nil, fmt.Errorf("Invalid parameter '%s'", p.name)
-		case slices.Contains(amendSizes, p.name):
-			n, err := sizeParameter(p.name, p.value)
-			if err != nil {
-				return nil, err
-			}
-			p.value = fmt.Sprint(n)
-			fallthrough
-		default:
-			a.settings = append(a.settings, fvd.Setting{Name: p.name, Value: p.value})
+		spec := findSpec(specs, p.name)
+		if spec == nil {
+			return nil, errNotAmendable(format, p.name)
+		}
+		value, err := spec.canonical(p.value)
+		if err != nil {
+			return nil, err
+		}
+		if p.name != amendSize {
+			a.settings = append(a.settings, parameter{p.name, value})
+			continue
+		}
+		if a.size, err = strconv.ParseInt(value, 10, 64); err != nil || a.size == 0 {
+			return nil, errSizeNotPositive
 		}
 	}
 	return a, nil
 }
 
-func (a *amendment) apply(cmd *cobra.Command, open *openFlags, name string) error {
+func errNoAmendments(format string) error {
+	return fmt.Errorf("Format driver '%s' does not support option amendment", format)
+}
+
+// errNotAmendable says why there is no such setting.
+func errNotAmendable(format, name string) error {
+	specs, _ := createSpecs(format)
+	switch {
+	case format == "qcow2" && (name == "backing_file" || name == "backing_fmt"):
+		return errors.New("Cannot amend the backing file\nYou can use 'platter rebase' instead.")
+	case findSpec(specs, name) != nil:
+		return fmt.Errorf("Invalid parameter '%s'\nThis option is only supported for image creation", name)
+	}
+	return fmt.Errorf("Invalid parameter '%s'", name)
+}
+
+// amend changes an image: first its header, then the size of its disk.
+func amend(cmd *cobra.Command, open *openFlags, name string, params []parameter) error {
 	img, format, err := open.openFile(cmd.Context(), name, false)
 	if err != nil {
 		return err
 	}
-	if format != "fvd" {
-		return errors.Join(fmt.Errorf("'%s' is in format %s, which has no settings to amend; only fvd has", name, format), img.Close())
-	}
-	if len(a.settings) > 0 {
-		err = fvd.Amend(img.File(), a.settings)
+	a, err := newAmendment(format, params)
+	if err == nil && len(a.settings) > 0 {
+		err = a.apply(img.File(), format)
 	}
 	if err := errors.Join(err, img.Close()); err != nil || a.size == 0 {
 		return err
@@ -137,12 +163,58 @@ func (a *amendment) apply(cmd *cobra.Command, open *openFlags, name string) erro
 	return errors.Join(disk.Resize(a.size, block.PreallocOff), disk.Close())
 }
 
-// printAmendHelp answers -o help.
-func printAmendHelp(out io.Writer) {
-	fmt.Fprintln(out, "Supported fvd options:")
-	names := append([]string{amendSize}, fvd.SettingNames()...)
-	slices.Sort(names)
-	for _, name := range names {
-		fmt.Fprintf(out, "  %s\n", name)
+// apply makes the changes of the header.
+func (a *amendment) apply(f storage.File, format string) error {
+	if format == "qcow2" {
+		change, err := a.qcow2()
+		if err != nil {
+			return err
+		}
+		return qcow2.Amend(f, change)
 	}
+	var settings []fvd.Setting
+	for _, p := range a.settings {
+		settings = append(settings, fvd.Setting{Name: p.name, Value: p.value})
+	}
+	return fvd.Amend(f, settings)
+}
+
+// qcow2 is the amendment as package qcow2 takes it.
+func (a *amendment) qcow2() (change qcow2.Amendment, err error) {
+	for _, p := range a.settings {
+		on := p.value == "on"
+		switch p.name {
+		case "compat":
+			if change.Version = compatVersion(p.value); change.Version == 0 {
+				return change, fmt.Errorf("Unknown compatibility level %s", p.value)
+			}
+		case "lazy_refcounts":
+			change.LazyRefcounts = &on
+		case "data_file_raw":
+			change.DataFileRaw = &on
+		case "refcount_bits":
+			bits, err := strconv.ParseInt(p.value, 0, 32)
+			if err != nil || bits < 1 || bits > 64 || bits&(bits-1) != 0 {
+				return change, errors.New("Refcount width must be a power of two and may not exceed 64 bits")
+			}
+			change.RefcountBits = int(bits)
+		}
+	}
+	return change, nil
+}
+
+// printAmendHelp answers -o help, for one format or for all that have settings.
+func printAmendHelp(cmd *cobra.Command, format string) error {
+	formats := []string{format}
+	if format == "" {
+		formats = []string{"fvd", "qcow2"}
+	}
+	for _, format := range formats {
+		specs, ok := amendSpecs(format)
+		if !ok {
+			return errNoAmendments(format)
+		}
+		printOptionSpecs(cmd.OutOrStdout(), fmt.Sprintf("Amend options for '%s':", format), specs)
+	}
+	return nil
 }

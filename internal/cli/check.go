@@ -127,12 +127,18 @@ func (c *checking) run(f storage.File) error {
 	case !c.quiet:
 		printCheck(out, result)
 	}
-	switch {
-	case result.CheckErrors > 0:
+	if result.CheckErrors > 0 {
 		return &exitError{status: statusError, err: fmt.Errorf("Check failed")}
-	case result.Corruptions > 0:
+	}
+	return checkStatus(result.Corruptions, result.Leaks)
+}
+
+// checkStatus ends the program with what is left in an image.
+func checkStatus(corruptions, leaks int64) error {
+	switch {
+	case corruptions > 0:
 		return &exitError{status: checkCorrupt}
-	case result.Leaks > 0:
+	case leaks > 0:
 		return &exitError{status: checkLeaks}
 	}
 	return nil
@@ -147,24 +153,42 @@ func (c *checking) finding(f qcow2.Finding) {
 	fmt.Fprintf(c.cmd.ErrOrStderr(), "%s%s\n", prefix, f.Message)
 }
 
-// printCheck prints the summary for people.
-func printCheck(out io.Writer, r *qcow2.CheckResult) {
-	if r.CorruptionsFixed+r.LeaksFixed > 0 {
-		fmt.Fprintf(out, "The following inconsistencies were found and repaired:\n\n"+
-			"    %d leaked clusters\n    %d corruptions\n\nDouble checking the fixed image now...\n",
-			r.LeaksFixed, r.CorruptionsFixed)
+// checkSummary is what the summaries of all formats begin with.
+type checkSummary struct {
+	unit      string // what can leak
+	leakMeans string // and what that means
+	rechecked bool   // a repaired image was checked again
+	clean     bool
+
+	corruptions, leaks, corruptionsFixed, leaksFixed int64
+}
+
+func (s checkSummary) print(out io.Writer) {
+	if s.corruptionsFixed+s.leaksFixed > 0 {
+		fmt.Fprintf(out, "The following inconsistencies were found and repaired:\n\n    %d leaked %s\n    %d corruptions\n\n",
+			s.leaksFixed, s.unit, s.corruptionsFixed)
+		if s.rechecked {
+			fmt.Fprintln(out, "Double checking the fixed image now...")
+		}
 	}
-	if r.Clean() {
+	if s.clean {
 		fmt.Fprintln(out, "No errors were found on the image.")
 	}
-	if r.Corruptions > 0 {
+	if s.corruptions > 0 {
 		fmt.Fprintf(out, "\n%d errors were found on the image.\n"+
-			"Data may be corrupted, or further writes to the image may corrupt it.\n", r.Corruptions)
+			"Data may be corrupted, or further writes to the image may corrupt it.\n", s.corruptions)
 	}
-	if r.Leaks > 0 {
-		fmt.Fprintf(out, "\n%d leaked clusters were found on the image.\n"+
-			"This means waste of disk space, but no harm to data.\n", r.Leaks)
+	if s.leaks > 0 {
+		fmt.Fprintf(out, "\n%d leaked %s were found on the image.\n%s\n", s.leaks, s.unit, s.leakMeans)
 	}
+}
+
+// printCheck prints the summary for people.
+func printCheck(out io.Writer, r *qcow2.CheckResult) {
+	checkSummary{
+		unit: "clusters", leakMeans: "This means waste of disk space, but no harm to data.", rechecked: true, clean: r.Clean(),
+		corruptions: r.Corruptions, leaks: r.Leaks, corruptionsFixed: r.CorruptionsFixed, leaksFixed: r.LeaksFixed,
+	}.print(out)
 	if r.CheckErrors > 0 {
 		fmt.Fprintf(out, "\n%d internal errors have occurred during the check.\n", r.CheckErrors)
 	}

@@ -46,13 +46,7 @@ func (c *checking) runFVD(open *openFlags) error {
 			printFVDCheck(out, result)
 		}
 	}
-	switch {
-	case result.Corruptions > 0:
-		return &exitError{status: checkCorrupt}
-	case result.Leaks > 0:
-		return &exitError{status: checkLeaks}
-	}
-	return nil
+	return checkStatus(result.Corruptions, result.Leaks)
 }
 
 func findingLine(f fvd.Finding) string {
@@ -65,21 +59,10 @@ func findingLine(f fvd.Finding) string {
 
 // printFVDCheck prints the summary for people.
 func printFVDCheck(out io.Writer, r *fvd.CheckResult) {
-	if r.CorruptionsFixed+r.LeaksFixed > 0 {
-		fmt.Fprintf(out, "The following inconsistencies were found and repaired:\n\n    %d leaked chunks\n    %d corruptions\n\n",
-			r.LeaksFixed, r.CorruptionsFixed)
-	}
-	if r.Corruptions == 0 && r.Leaks == 0 {
-		fmt.Fprintln(out, "No errors were found on the image.")
-	}
-	if r.Corruptions > 0 {
-		fmt.Fprintf(out, "\n%d errors were found on the image.\n"+
-			"Data may be corrupted, or further writes to the image may corrupt it.\n", r.Corruptions)
-	}
-	if r.Leaks > 0 {
-		fmt.Fprintf(out, "\n%d leaked chunks were found on the image.\n"+
-			"They are used again when the image is next written.\n", r.Leaks)
-	}
+	checkSummary{
+		unit: "chunks", leakMeans: "They are used again when the image is next written.", clean: r.Corruptions == 0 && r.Leaks == 0,
+		corruptions: r.Corruptions, leaks: r.Leaks, corruptionsFixed: r.CorruptionsFixed, leaksFixed: r.LeaksFixed,
+	}.print(out)
 	if r.TotalChunks > 0 {
 		fmt.Fprintf(out, "%d/%d = %.2f%% of the chunks allocated\n", r.AllocatedChunks, r.TotalChunks, percent(r.AllocatedChunks, r.TotalChunks))
 	}

@@ -14,7 +14,7 @@ func newCreateCommand() *cobra.Command {
 	var (
 		open          openFlags
 		format        string
-		options       []string
+		options       optionsFlag
 		backing       string
 		backingFormat string
 		unsafe        bool
@@ -36,17 +36,13 @@ unless you say otherwise.`,
   platter create -f qcow2 -o help`,
 		Args: cobra.ArbitraryArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if wantsOptionHelp(options) {
-				return printCreateHelp(cmd.OutOrStdout(), format)
-			}
-			params, _, err := parseOptionLists(options)
+			params, help, err := options.read(cmd, &open)
 			if err != nil {
 				return err
 			}
-			if err := open.check(cmd); err != nil {
-				return err
-			}
 			switch {
+			case help:
+				return printCreateHelp(cmd.OutOrStdout(), format)
 			case len(args) == 0:
 				return usagef(cmd, "Expecting image file name")
 			case len(args) > 2:
@@ -81,7 +77,7 @@ unless you say otherwise.`,
 	fs := cmd.Flags()
 	fs.StringVarP(&format, "format", "f", "raw", "`FORMAT` of the new image: fvd, qcow2 or raw")
 	completeWith(cmd, "format", image.Formats()...)
-	fs.StringArrayVarP(&options, "options", "o", nil, "`OPTIONS` of the format, name=value between commas;\n\"-o help\" lists them")
+	options.register(cmd, "`OPTIONS` of the format, name=value between commas;\n\"-o help\" lists them")
 	fs.StringVarP(&backing, "backing", "b", "", "backing `FILE`")
 	fs.StringVarP(&backingFormat, "backing-format", "F", "", "`FORMAT` of the backing file")
 	completeWith(cmd, "backing-format", image.Formats()...)

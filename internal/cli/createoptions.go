@@ -15,7 +15,7 @@ import (
 	"github.com/platter-disk/platter/image/gate"
 )
 
-// optionKind says what the value of a creation option looks like.
+// optionKind says what the value of an option looks like.
 type optionKind uint8
 
 const (
@@ -28,7 +28,7 @@ const (
 
 var optionKindNames = [...]string{"<str>", "<size>", "<bool (on/off)>", "<num>", "<size>"}
 
-// optionSpec describes a creation option.
+// optionSpec describes an option of creation or of amend.
 type optionSpec struct {
 	name     string
 	kind     optionKind
@@ -105,55 +105,57 @@ func newCreateValues(format string) (*createValues, error) {
 	return &createValues{format: format, specs: specs, values: map[string]string{}}, nil
 }
 
-func (c *createValues) spec(name string) *optionSpec {
-	for i := range c.specs {
-		if c.specs[i].name == name {
-			return &c.specs[i]
+// findSpec returns the description of an option, or nil.
+func findSpec(specs []optionSpec, name string) *optionSpec {
+	for i := range specs {
+		if specs[i].name == name {
+			return &specs[i]
 		}
 	}
 	return nil
 }
 
-// has tells whether the format knows an option.
-func (c *createValues) has(name string) bool { return c.spec(name) != nil }
-
-// set checks and stores an option; the last of several counts.
-func (c *createValues) set(p parameter) error {
-	spec := c.spec(p.name)
-	if spec == nil {
-		return fmt.Errorf("Invalid parameter '%s'", p.name)
-	}
-	value := p.value
-	switch spec.kind {
+// canonical checks a value of the option and returns its canonical spelling: a size in bytes, a switch on or off.
+func (s *optionSpec) canonical(value string) (string, error) {
+	switch s.kind {
 	case optionSize:
-		n, err := sizeParameter(p.name, value)
-		if err != nil {
-			return err
-		}
-		value = fmt.Sprint(n)
+		n, err := sizeParameter(s.name, value)
+		return fmt.Sprint(n), err
 	case optionSignedSize:
 		digits, negative := strings.CutPrefix(value, "-")
-		n, err := sizeParameter(p.name, digits)
-		if err != nil {
-			return err
-		}
+		n, err := sizeParameter(s.name, digits)
 		if negative {
 			n = -n
 		}
-		value = fmt.Sprint(n)
+		return fmt.Sprint(n), err
 	case optionSwitch:
 		switch value {
 		case "on", "yes", "true", "y":
-			value = "on"
+			return "on", nil
 		case "off", "no", "false", "n":
-			value = "off"
-		default:
-			return fmt.Errorf("Parameter '%s' expects 'on' or 'off'", p.name)
+			return "off", nil
 		}
+		return "", fmt.Errorf("Parameter '%s' expects 'on' or 'off'", s.name)
 	case optionNumber:
 		if _, err := strconv.ParseInt(value, 0, 32); err != nil {
-			return fmt.Errorf("Parameter '%s' expects a number", p.name)
+			return "", fmt.Errorf("Parameter '%s' expects a number", s.name)
 		}
+	}
+	return value, nil
+}
+
+// has tells whether the format knows an option.
+func (c *createValues) has(name string) bool { return findSpec(c.specs, name) != nil }
+
+// set checks and stores an option; the last of several counts.
+func (c *createValues) set(p parameter) error {
+	spec := findSpec(c.specs, p.name)
+	if spec == nil {
+		return fmt.Errorf("Invalid parameter '%s'", p.name)
+	}
+	value, err := spec.canonical(p.value)
+	if err != nil {
+		return err
 	}
 	c.values[p.name] = value
 	return nil
@@ -232,12 +234,7 @@ func (c *createValues) options(g gate.Gate) (image.CreateOptions, error) {
 		}
 	}
 	if compat, given := c.values["compat"]; given {
-		switch compat {
-		case "v2", "0.10":
-			o.Version = 2
-		case "v3", "1.1":
-			o.Version = 3
-		default:
+		if o.Version = compatVersion(compat); o.Version == 0 {
 			return o, fmt.Errorf("Parameter 'version' does not accept value '%s'", compat)
 		}
 	}
@@ -259,6 +256,17 @@ func (c *createValues) options(g gate.Gate) (image.CreateOptions, error) {
 		return o, fmt.Errorf("Backing format cannot be used without backing file")
 	}
 	return o, nil
+}
+
+// compatVersion is the version of qcow2 that the option compat names, or 0.
+func compatVersion(compat string) uint32 {
+	switch compat {
+	case "v2", "0.10":
+		return 2
+	case "v3", "1.1":
+		return 3
+	}
+	return 0
 }
 
 // fvdOptions are the values that only FVD has. Package fvd takes a zero for "not given".
@@ -322,10 +330,19 @@ func printCreateHelp(out io.Writer, format string) error {
 	if !ok {
 		return fmt.Errorf("Unknown file format '%s'", format)
 	}
-	fmt.Fprintf(out, "Supported %s options:\n", format)
+	printOptionSpecs(out, fmt.Sprintf("Supported %s options:", format), specs)
+	return nil
+}
+
+// printOptionSpecs lists options by name under a title.
+func printOptionSpecs(out io.Writer, title string, specs []optionSpec) {
+	fmt.Fprintln(out, title)
 	slices.SortFunc(specs, func(a, b optionSpec) int { return strings.Compare(a.name, b.name) })
 	for _, s := range specs {
+		if s.help == "" {
+			fmt.Fprintf(out, "  %s\n", s.name)
+			continue
+		}
 		fmt.Fprintf(out, "  %-22s - %s\n", s.name+"="+optionKindNames[s.kind], s.help)
 	}
-	return nil
 }

@@ -3,10 +3,28 @@ package cli
 import (
 	"fmt"
 	"strings"
+
+	"github.com/spf13/cobra"
 )
 
 // parameter is one name=value of an option list.
 type parameter struct{ name, value string }
+
+// optionsFlag is the flag -o, which may be repeated.
+type optionsFlag struct{ lists []string }
+
+func (f *optionsFlag) register(cmd *cobra.Command, usage string) {
+	cmd.Flags().StringArrayVarP(&f.lists, "options", "o", nil, usage)
+}
+
+// read returns the parameters, once the flags in open are known to be right, too. Who asks for help gets it however
+// the rest of the command line looks.
+func (f *optionsFlag) read(cmd *cobra.Command, open *openFlags) (params []parameter, help bool, err error) {
+	if params, help, err = parseOptionLists(f.lists); help || err != nil {
+		return nil, help, err
+	}
+	return params, false, open.check(cmd)
+}
 
 // parseOptionLists reads the values of repeated -o options: name=value parts between commas, where a doubled
 // comma stands for one. A part without "=" is a switch that is on. help tells that a part asked for help.

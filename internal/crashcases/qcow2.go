@@ -25,6 +25,7 @@ type qcow2Workload struct {
 
 	copyOnRead bool             // what is read of the backing file is kept
 	snapshots  *snapshotHistory // nil: none are taken
+	emptied    bool             // the image is emptied, which a crash may interrupt
 }
 
 const (
@@ -136,6 +137,15 @@ func qcow2Workloads() []qcow2Workload {
 			snapshots: long,
 			work:      long.work("cadc", crashlab.Mix{Requests: 8, MaxLength: 48 * kib, Write: 1}),
 		},
+		{
+			Workload: Workload{Name: "empty", Description: "an image is emptied, its tables move to the start of the file, and it is used and emptied again"},
+			create:   qcow2.CreateOptions{Size: 64 * kib, ClusterSize: 1024},
+			discard:  true, emptied: true, work: emptyWork,
+		}, {
+			Workload: Workload{Name: "empty-tables", Description: "the same with refcount blocks all over the file"},
+			create:   qcow2.CreateOptions{Size: 96 * kib, ClusterSize: 512, RefcountBits: 64},
+			emptied:  true, work: emptyWork,
+		},
 		qcow2CopyOnRead(),
 	}
 }
@@ -164,6 +174,28 @@ func compressedWork(seed uint64) func(g *crashlab.Guest) error {
 			}
 		}
 		return nil
+	}
+}
+
+// emptyWork empties an image that holds nothing but zeros, so that the guest sees no difference.
+func emptyWork(seed uint64) func(g *crashlab.Guest) error {
+	return func(g *crashlab.Guest) error {
+		im := g.Subject().(*qcow2Subject).Image
+		fill := crashlab.Mix{Requests: 16, MaxLength: 16 * kib, Write: 8, Unmap: 1, Flush: 2, Seed: seed}
+		for range 2 {
+			err := script(
+				func() error { return fill.Run(g) },
+				func() error { return g.WriteZeroes(0, im.Size(), false) },
+				g.Flush,
+				func() error { return g.FlushWith("empty", im.Empty) },
+			)
+			if err != nil {
+				return err
+			}
+			fill.Seed += 100
+		}
+		fill.Requests = 6
+		return fill.Run(g)
 	}
 }
 
@@ -196,6 +228,7 @@ func qcow2Format() Format {
 		qcow2.MutantReuseEarly: "overwrite", qcow2.MutantPunchEarly: "compressed", qcow2.MutantLowerEarly: "overwrite",
 		qcow2.MutantNoWAL: "churn", qcow2.MutantNoCheckpointB: "churn", qcow2.MutantRingEarly: "churn",
 		qcow2.MutantRevokeIgnored: "grow", qcow2.MutantStaleCopied: "snapshot", qcow2.MutantInPlaceL1: "snapshot-apply",
+		qcow2.MutantMoveEarly:      "empty",
 		qcow2.MutantOpstateIgnored: "snapshot-long",
 		qcow2.MutantSumsIgnored:    "overlay", qcow2.MutantOverwriteEarly: "overlay",
 	}
@@ -297,7 +330,7 @@ func (w *qcow2Workload) open(files []storage.File, c Case) (crashlab.Subject, er
 // check finds nothing but what the discipline may leave.
 func (w *qcow2Workload) check(f storage.File, discipline string) error {
 	leaks := leakBound(discipline)
-	if w.snapshots != nil && leaks > 0 {
+	if (w.snapshots != nil || w.emptied) && leaks > 0 {
 		return checkInterrupted(f)
 	}
 	return checkQcow2(f, leaks)
