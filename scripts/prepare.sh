@@ -7,7 +7,7 @@ set -euo pipefail
 wants=(
 	qemu-img:qemu-utils qemu-io:qemu-utils qemu-nbd:qemu-utils
 	qemu-system-x86_64:qemu-system-x86
-	nbdinfo:libnbd-bin nbdcopy:libnbd-bin
+	nbdinfo:libnbd-bin nbdcopy:libnbd-bin certtool:gnutls-bin
 	nbdkit:nbdkit fio:fio strace:strace
 	busybox:busybox-static mke2fs:e2fsprogs e2fsck:e2fsprogs debugfs:e2fsprogs
 	gcc:gcc xz:xz-utils
