@@ -3,6 +3,7 @@ package fvd
 import (
 	"errors"
 	"fmt"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -12,6 +13,12 @@ import (
 
 // ErrNotClean is wrapped when an image must be opened and closed first, to bring its journal into its tables.
 var ErrNotClean = errors.New("the image was not closed cleanly")
+
+// Bounds of settings, those of who uses them: package jobs/prefetch.
+const (
+	maxPrefetchSlots    = 1024
+	maxBytesPerPrefetch = 64 << 20
+)
 
 // Setting is a change of a header field of an image that nobody has open.
 type Setting struct {
@@ -37,7 +44,7 @@ func settingField(name string) string {
 // SettingNames lists what Amend can change.
 func SettingNames() []string {
 	return []string{
-		"base_img", "base_img_fmt", "data_file", "data_file_fmt", "need_zero_init", "copy_on_read", "clean_shutdown",
+		"base_img", "base_img_fmt", "base_length", "data_file", "data_file_fmt", "need_zero_init", "copy_on_read", "clean_shutdown",
 		"max_outstanding_copy_on_read_data", "prefetch_start_delay", "max_num_outstanding_prefetch_writes",
 		"bytes_per_prefetch", "prefetch_min_read_throughput_threshold", "prefetch_max_read_throughput_threshold",
 		"prefetch_min_write_throughput_threshold", "prefetch_max_write_throughput_threshold",
@@ -86,8 +93,9 @@ func (f *field) set(value string) error {
 // Amend changes header fields of an image that nobody has open and that was closed cleanly; only clean_shutdown can
 // be set on one that was not, at the operator's risk and if it has no journal. A change of the base image's name
 // does not touch any data: the caller answers for the new one holding the same bytes. It clears the journal
-// first, so that no record of the old base's days is ever replayed (D-16). A crash leaves the old header or the new
-// one.
+// first, so that no record of the old base's days is ever replayed (D-16), and forgets the old one's length unless
+// base_length says the new one's. What no image ever uses, as it is bounded elsewhere, is refused. A crash leaves the
+// old header or the new one.
 func Amend(f storage.File, settings []Setting) error {
 	h, err := ReadHeader(f)
 	if err != nil {
@@ -104,7 +112,9 @@ func amend(f storage.File, h *Header, settings []Setting) error {
 		return err
 	}
 	old := *h
+	given := map[string]bool{} // by field
 	for _, s := range settings {
+		given[settingField(s.Name)] = true
 		if !slices.Contains(SettingNames(), s.Name) {
 			return fmt.Errorf("unknown setting %q, want one of %s", s.Name, strings.Join(SettingNames(), ", "))
 		}
@@ -116,6 +126,9 @@ func amend(f storage.File, h *Header, settings []Setting) error {
 			}
 		}
 	}
+	if err := h.checkSettings(f.Name(), given); err != nil {
+		return err
+	}
 	if h.MaxOutstandingCopies == 0 && old.MaxOutstandingCopies != 0 {
 		return &FieldError{"max_outstanding_copy_on_read_data", 3224, "0", "above 0; copy_on_read=off stops copying"}
 	}
@@ -123,7 +136,7 @@ func amend(f storage.File, h *Header, settings []Setting) error {
 		return ErrNotClean
 	}
 	if h.BaseImage != old.BaseImage {
-		if err := h.changeBase(&old); err != nil {
+		if err := h.changeBase(&old, given["base_length"]); err != nil {
 			return err
 		}
 	}
@@ -145,9 +158,52 @@ func amend(f storage.File, h *Header, settings []Setting) error {
 	return replaceHeader(f, h)
 }
 
-// changeBase adapts what goes with the name of the base image.
-func (h *Header) changeBase(old *Header) error {
-	h.BaseLength = 0
+// checkSettings refuses values of the fields given that nobody would use as they are, and references of an image, whose
+// file has that name, to itself.
+func (h *Header) checkSettings(name string, given map[string]bool) error {
+	for _, most := range []struct {
+		field  string
+		at     int
+		v, max uint64
+		why    string
+	}{
+		{"num_prefetch_slots", 3244, uint64(h.PrefetchSlots), maxPrefetchSlots, "more are never used"},
+		{"bytes_per_prefetch", 3248, h.BytesPerPrefetch, maxBytesPerPrefetch, "more is never read at once"},
+		{"journal_buf_size", 3320, h.JournalBuffer, journalBatch, "more is never kept"},
+	} {
+		if given[most.field] && most.v > most.max {
+			return &FieldError{most.field, most.at, fmt.Sprint(most.v), fmt.Sprintf("at most %d: %s", most.max, most.why)}
+		}
+	}
+	if given["data_file"] && samePath(h.DataFile, name) {
+		return &FieldError{"data_file", 24, strconv.Quote(h.DataFile), "another file than the image itself"}
+	}
+	if given["base_img"] && samePath(h.BaseImage, name) {
+		return &FieldError{"base_img", 1064, strconv.Quote(h.BaseImage), "another file than the image itself"}
+	}
+	if given["base_length"] {
+		return h.validateBaseLength()
+	}
+	return nil
+}
+
+// samePath reports whether a reference, which is relative to where the image is, names the image. It compares names;
+// another name of the same file is found out when the image is opened, by the lock that it holds.
+func samePath(ref, image string) bool {
+	if ref == "" {
+		return false
+	}
+	if !filepath.IsAbs(ref) {
+		ref = filepath.Join(filepath.Dir(image), ref)
+	}
+	return filepath.Clean(ref) == filepath.Clean(image)
+}
+
+// changeBase adapts what goes with the name of the base image; measured: base_length is the length of the new one.
+func (h *Header) changeBase(old *Header, measured bool) error {
+	if !measured || h.BaseImage == "" {
+		h.BaseLength = 0
+	}
 	switch {
 	case old.BaseImage == "":
 		return errors.New("an image that was created without a base image has no bitmap and cannot get one")

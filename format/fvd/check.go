@@ -15,7 +15,7 @@ type Repair uint8
 
 const (
 	RepairNone  Repair = iota // nothing is written
-	RepairLeaks               // space that nothing refers to is given back; nothing else changes
+	RepairLeaks               // space that nothing refers to is given back, if it is sure that nothing does; nothing else changes
 	RepairAll                 // everything found is put right as far as that is possible
 )
 
@@ -31,6 +31,8 @@ const (
 	FindingMetadata   FindingKind = "chunk-on-metadata" // an entry names a chunk where metadata lies
 	FindingDirtyEntry FindingKind = "dirty-entry"       // an entry on disk carries the DIRTY mark
 	FindingStrayBits  FindingKind = "stray-bits"        // bitmap bits past the end of the base image
+	FindingPrefetched FindingKind = "not-prefetched"    // blocks left in a base image that is said not to be needed
+	FindingEpochs     FindingKind = "epochs-used-up"    // stable_journal_epoch leaves too few epochs to write the image
 	FindingShortData  FindingKind = "short-data"        // the data storage ends before the disk does
 	FindingJournal    FindingKind = "journal-anomaly"   // journal contents that no crash explains
 	FindingDirtyImage FindingKind = "dirty-image"       // not closed cleanly, and no journal to tell what was lost
@@ -73,23 +75,30 @@ type CheckResult struct {
 type checker struct {
 	m      *metadata
 	h      *Header
+	clean  bool // clean_shutdown, as it was found
 	repair Repair
 	res    *CheckResult
 
 	stored     int64 // chunks that the storage has room for
 	use        usage
 	duplicates int64 // entries that name a chunk that another one names: each takes a copy to repair
-	stray      bool
+	damaged    int64 // entries that do not say where their chunk is
+	stray      bool  // the bitmap has bits that describe nothing
 	replay     Replay
+	next       epoch // above every epoch that counts
 	changed    bool
 }
 
 // Check looks for everything in an image that is not as the format wants it. It does not take f over. An image
-// that was not closed cleanly is judged as its journal would leave it. With Repair the findings are put right
-// where they can be, the image written in the order of a checkpoint, so that a crash in the middle leaves an image
-// that can be repaired again; the base image is not needed. A repair for which the storage has no room is refused
-// before anything is changed, with an error that wraps syscall.ENOSPC. The error is about what keeps the check from being
-// made: a file that cannot be read, a header that cannot be.
+// that was not closed cleanly is judged as its journal would leave it; the journal of one that was is read as well,
+// and nothing in it may count. With Repair the findings are put right where they can be, the image written in the
+// order of a checkpoint, so that a crash in the middle leaves an image that can be repaired again; the base image is
+// not needed. What no repair puts right is the mark of an image without a journal that was not closed cleanly: that
+// takes an operator's word (FVD specification 5, invariant 31; see Amend). Space is given back last, and not
+// at all while the table or the journal has damage that is not repaired: a chunk that no entry names may then be what a
+// damaged one should name. A repair for which the storage has no room is refused before anything is changed, with an
+// error that wraps syscall.ENOSPC. The error is about what keeps the check from being made: a file that cannot be read,
+// a header that cannot be.
 func Check(f storage.File, o CheckOptions) (*CheckResult, error) {
 	h, err := ReadHeader(f)
 	if err != nil {
@@ -106,16 +115,9 @@ func Check(f storage.File, o CheckOptions) (*CheckResult, error) {
 			return nil, err
 		}
 	}
-	k := &checker{m: im.m, h: h, repair: o.Repair, res: &CheckResult{}}
-	next, err := k.read()
-	if err != nil {
-		return nil, err
-	}
-	if err := k.judge(); err != nil {
-		return nil, err
-	}
-	if o.Repair != RepairNone {
-		if err := k.fix(next); err != nil {
+	k := &checker{m: im.m, h: h, clean: h.CleanShutdown, repair: o.Repair, res: &CheckResult{}}
+	for _, step := range []func() error{k.read, k.judge, k.fix, k.judgeSpace} {
+		if err := step(); err != nil {
 			return nil, err
 		}
 	}
@@ -123,41 +125,53 @@ func Check(f storage.File, o CheckOptions) (*CheckResult, error) {
 }
 
 // read loads the tables and replays the journal in memory.
-func (k *checker) read() (next epoch, err error) {
+func (k *checker) read() (err error) {
 	m := k.m
 	m.initTables()
 	if m.fresh.n > 0 {
 		if k.stray, err = m.loadBitmap(); err != nil {
-			return 0, err
+			return err
 		}
+		rest, err := m.strayPages(0)
+		if err != nil {
+			return err
+		}
+		k.stray = k.stray || len(rest) > 0
 	}
 	if m.g.compact() {
 		if err := m.loadTable(); err != nil {
-			return 0, err
+			return err
 		}
 	}
-	next = epoch(k.h.StableEpoch) + 1
-	m.inUse.Store(!k.h.CleanShutdown)
-	if k.h.CleanShutdown || m.g.journalLen == 0 {
-		return next, nil
+	k.next = epoch(k.h.StableEpoch) + 1
+	m.inUse.Store(!k.clean)
+	m.doubtful = m.untold()
+	if m.g.journalLen == 0 {
+		return nil
 	}
 	var highest epoch
-	k.replay, highest, err = m.replayJournal()
-	return max(next, highest+1), err
+	if k.clean {
+		k.replay, highest, err = m.outdatedJournal()
+	} else {
+		k.replay, highest, err = m.replayJournal()
+	}
+	k.next = max(k.next, highest+1)
+	return err
 }
 
 // judge collects the findings.
 func (k *checker) judge() error {
-	m, h := k.m, k.h
+	m := k.m
 	fixes := k.repair == RepairAll
 	switch {
-	case h.CleanShutdown:
+	case k.clean:
 	case m.g.journalLen > 0:
 		k.found(FindingReplay, 0, fixes, "the image was not closed cleanly; its journal holds %d records to replay", k.replay.Records)
-	case m.fresh.n > 0 || m.g.compact():
-		k.found(FindingDirtyImage, 1, fixes, "the image has no journal and was not closed cleanly: writes may be lost")
+	case m.doubtful:
+		k.found(FindingDirtyImage, 1, false, "the image has no journal and was not closed cleanly: writes may be lost, and no check can tell which; "+
+			"it stays marked until clean_shutdown is set by hand (amend -o clean_shutdown=on)")
 	}
-	if k.replay.Damaged > 0 {
+	if k.replay.Damaged > 0 && !k.clean {
 		k.found(FindingTorn, 0, fixes, "%d journal sectors were torn by a crash", k.replay.Damaged)
 	}
 	for _, text := range k.replay.Anomalies {
@@ -166,10 +180,19 @@ func (k *checker) judge() error {
 	if rest := k.replay.anomalies - int64(len(k.replay.Anomalies)); rest > 0 {
 		k.found(FindingJournal, rest, fixes, "%d more anomalies in the journal", rest)
 	}
+	if m.g.journalLen > 0 && k.next > maxEpoch-epochReserve {
+		k.found(FindingEpochs, 1, fixes, "stable_journal_epoch is %d, and the next epoch %d: too few are left below 2^63 to write the image; "+
+			"check -r all clears the journal and begins at 1 again, and a copy of the image (convert) begins there too", k.h.StableEpoch, k.next)
+	}
 	if k.stray {
 		k.found(FindingStrayBits, 1, fixes, "the bitmap has bits set past the %d blocks of the base image", m.fresh.n)
 	}
 	k.res.TotalBlocks, k.res.LocalBlocks = int64(m.fresh.n), int64(m.fresh.count())
+	if left := k.res.TotalBlocks - k.res.LocalBlocks; k.h.FullyPrefetched && left > 0 {
+		k.found(FindingPrefetched, 1, fixes, "base_img_fully_prefetched is set, and %d of the %d blocks still live in the base image %q: "+
+			"they read as what the image happens to hold there; with check -r all the flag is taken back, and they read from the base image again, "+
+			"whatever was written to them since it was set", left, m.fresh.n, k.h.BaseImage)
+	}
 	if !m.g.compact() {
 		return k.judgeIdentity()
 	}
@@ -201,14 +224,14 @@ func (k *checker) judgeIdentity() error {
 	}
 	end := int64(k.m.g.dataStart) + k.m.g.size
 	k.res.ImageEnd = min(size, end)
-	if size < end && k.h.CleanShutdown {
+	if size < end && k.clean {
 		fixed := k.repair == RepairAll && k.m.data.resize(end) == nil
 		k.found(FindingShortData, 1, fixed, "the data storage has %d bytes, the disk needs %d", size, end)
 	}
 	return nil
 }
 
-// judgeTable checks the table, and which stored chunks no entry names.
+// judgeTable checks the table.
 func (k *checker) judgeTable() error {
 	m := k.m
 	m.alloc = &allocator{m: m, reserved: m.reservedChunk}
@@ -217,96 +240,30 @@ func (k *checker) judgeTable() error {
 		return err
 	}
 	kinds := [...]FindingKind{faultDirty: FindingDirtyEntry, faultOutside: FindingOutside, faultMetadata: FindingMetadata, faultDuplicate: FindingDuplicate}
+	fixes := k.repair == RepairAll
 	k.use, err = m.scanTable(k.stored, func(c chunkIndex, e entry, fault tableFault) bool {
-		if fault == faultDuplicate {
-			k.duplicates++
+		remedy := ""
+		switch {
+		case fault == faultDirty:
+		case fault == faultDuplicate:
+			k.damaged, k.duplicates = k.damaged+1, k.duplicates+1
+			remedy = "; now it names a copy"
+		default:
+			k.damaged++
+			remedy = fmt.Sprintf("; now it is EMPTY, and what it stood for of bytes %d to %d of the disk reads as zeros from now on",
+				m.g.chunkStart(c), m.g.chunkEnd(c)-1)
 		}
-		k.found(kinds[fault], 1, k.repair == RepairAll, "table entry of chunk %d names chunk %#x, which %s", c, uint32(e), tableFaultNames[fault])
+		if !fixes {
+			remedy = ""
+		}
+		k.found(kinds[fault], 1, fixes, "table entry of chunk %d names chunk %#x, which %s%s", c, uint32(e), tableFaultNames[fault], remedy)
 		return true
 	})
 	if err != nil {
 		return err
 	}
-	if k.repair == RepairAll && k.duplicates > 0 {
-		if err := k.reserveCopies(); err != nil {
-			return err
-		}
-	}
-	k.res.TotalChunks = int64(len(m.table))
-	for c := range chunkIndex(len(m.table)) {
-		if m.table.get(c).mapped() {
-			k.res.AllocatedChunks++
-		}
-	}
-	k.res.ImageEnd = int64(m.g.chunkData(k.use.next))
-	return k.leaks()
-}
-
-// leaks finds chunks below the high-water mark that no entry names and that take space in the storage.
-func (k *checker) leaks() error {
-	used := bitset{words: k.use.used, n: blockIndex(k.use.next)}
-	for id := blockIndex(0); id < used.n; {
-		n, named := used.run(id, used.n)
-		if !named {
-			if err := k.leaksAmong(chunkID(id), chunkID(id+n)); err != nil {
-				return err
-			}
-		}
-		id += n
+	if fixes && k.duplicates > 0 {
+		return k.reserveCopies()
 	}
 	return nil
-}
-
-// maxLeakRuns bounds how many runs of leaked chunks are gathered before they are given back.
-const maxLeakRuns = 4096
-
-// leaksAmong finds those of chunks [first, last), none of which an entry names, that take space.
-func (k *checker) leaksAmong(first, last chunkID) error {
-	m := k.m
-	for first < last {
-		start := m.g.chunkData(first)
-		var leaked [][2]chunkID // runs
-		seen := first           // chunks below it are in leaked or take no space
-		err := m.data.extents(start, int64(last-first)*m.g.chunkSize, func(off dataOffset, n int64, data bool) bool {
-			from := max(seen, first+chunkID(int64(off-start)/m.g.chunkSize))
-			seen = max(seen, first+chunkID(ceilDiv(int64(off-start)+n, m.g.chunkSize)))
-			if data && from < seen {
-				leaked = append(leaked, [2]chunkID{from, seen})
-			}
-			return len(leaked) < maxLeakRuns
-		})
-		if err != nil {
-			return fmt.Errorf("fvd image %s: looking for leaked chunks: %w", m.name, err)
-		}
-		for _, run := range leaked {
-			k.leakedRun(run[0], run[1])
-		}
-		if len(leaked) < maxLeakRuns {
-			return nil
-		}
-		first = seen
-	}
-	return nil
-}
-
-// leakedRun notes, and gives back, chunks [first, last), except for those that metadata occupies.
-func (k *checker) leakedRun(first, last chunkID) {
-	m := k.m
-	if first >= last {
-		return
-	}
-	if from, to := m.reservedChunks(); from < int64(last) && int64(first) < to {
-		k.leakedRun(first, chunkID(max(int64(first), from)))
-		k.leakedRun(chunkID(min(int64(last), to)), last)
-		return
-	}
-	fixed := k.repair != RepairNone && m.data.punch(m.g.chunkData(first), int64(last-first)*m.g.chunkSize) == nil
-	for id := first; id < last; id++ {
-		if fixed {
-			k.res.LeaksFixed++
-		} else {
-			k.res.Leaks++
-		}
-		k.describe(FindingLeak, fixed, "chunk %#x of the storage takes space and no table entry names it", uint32(id))
-	}
 }

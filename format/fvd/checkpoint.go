@@ -95,7 +95,7 @@ func (m *metadata) checkpoint(t tables, change headerChange) error {
 	}
 	err := m.writeHeader(func(h *Header) {
 		h.StableEpoch = max(h.StableEpoch, uint64(change.seal))
-		h.CleanShutdown = change.clean && !m.doubtful
+		h.CleanShutdown = change.clean && (!m.doubtful || m.mutant == MutantForgetDirty)
 		h.FullyPrefetched = h.FullyPrefetched || change.prefetched
 	})
 	if err != nil {

@@ -42,7 +42,7 @@ type CreateOptions struct {
 	// nothing of it, and copy-on-read reads what the guest reads. Larger ones act as read-ahead.
 	BlockSize int64
 	ChunkSize int64 // bytes, rounded up to whole blocks and 4 KiB; 0: 1 MiB
-	GrowUnit  int64 // bytes, at least a chunk; 0: 100 MiB
+	GrowUnit  int64 // bytes, at least a chunk of a compact image; 0: 100 MiB, or a chunk if that is more
 
 	AddStorageCmd string // stored, never executed
 
@@ -59,8 +59,10 @@ type CreateOptions struct {
 	CopyOnRead         bool
 	PrefetchStartDelay int64 // seconds; 0: no prefetching
 
-	JournalSize        int64         // bytes; 0: 16 MiB or what the table needs; negative: no journal
-	JournalBuffer      int64         // bytes of records kept between flushes; 0: 64 KiB; negative: immediate mode
+	// JournalSize is bytes, rounded up to 4 KiB and to what the table needs; 0: 16 MiB or what the table needs, and room to
+	// grow; negative: no journal. An image with neither bitmap nor table has none in any case (FVD specification 1.5).
+	JournalSize        int64
+	JournalBuffer      int64         // bytes of records kept between flushes, at most 64 KiB; 0: 64 KiB; negative: immediate mode
 	JournalBufferDelay time.Duration // after which they are written at the latest; 0: 5 s
 
 	// PlainJournal leaves checksums and the records that unmap chunks out, as in 2011.
@@ -166,7 +168,10 @@ func (o *CreateOptions) header() (*Header, error) {
 			unit = lcm(block, pageSize)
 		}
 		h.ChunkSize = uint64(roundUp(orDefault(o.ChunkSize, DefaultChunkSize), unit))
-		h.GrowUnit = uint64(max(orDefault(o.GrowUnit, DefaultGrowUnit), int64(h.ChunkSize)))
+		h.GrowUnit = uint64(orDefault(o.GrowUnit, max(DefaultGrowUnit, int64(h.ChunkSize))))
+		if h.GrowUnit < h.ChunkSize {
+			return nil, fmt.Errorf("option storage_grow_unit is %d, want at least the chunk_size of %d", h.GrowUnit, h.ChunkSize)
+		}
 		entries = ceilDiv(int64(h.VirtualSize), int64(h.ChunkSize))
 		// Room in the table and the journal lets the disk grow without moving anything.
 		room = max(entries, 1) + min(entries*(defaultTableGrowth-1), maxSpareTable/4)
@@ -228,6 +233,7 @@ func (o *CreateOptions) check() error {
 		{"storage_grow_unit", o.GrowUnit, 0, maxVirtualSize},
 		{"detect_sparse_hole", o.DetectSparseHole, 0, maxVirtualSize},
 		{"journal_size", o.JournalSize, -maxVirtualSize, maxVirtualSize},
+		{"journal_buf_size", o.JournalBuffer, -maxVirtualSize, journalBatch},
 	} {
 		if n.v < n.lo || n.v > n.max {
 			return fmt.Errorf("option %s is %d, want %d to %d", n.name, n.v, n.lo, n.max)

@@ -94,13 +94,23 @@ func (im *Image) emptyTable() error {
 
 // ForgetBaseLength has the image accept a base image of any length that covers base_img_size, durably. It comes
 // before a change of the length of the base image; images refuse a base whose length is not what they recorded.
-func (im *Image) ForgetBaseLength() error {
+func (im *Image) ForgetBaseLength() error { return im.RecordBaseLength(0) }
+
+// RecordBaseLength notes, durably, that the base image has length bytes from now on, so that a later change of it is
+// noticed when the image is opened (D-34). It comes after such a change that was meant to be; 0 is ForgetBaseLength.
+// A length that does not cover base_img_size is refused, as the image could not be opened any more.
+func (im *Image) RecordBaseLength(length int64) error {
 	pass, err := im.begin("change of the base image's length", 0, 0)
 	if err != nil {
 		return err
 	}
 	defer im.m.guard.leave(pass)
-	if err := im.m.writeHeader(func(h *Header) { h.BaseLength = 0 }); err != nil {
+	h := im.m.headerCopy()
+	h.BaseLength = uint64(length)
+	if err := h.validateBaseLength(); err != nil {
+		return fmt.Errorf("fvd image %s: %w", im.m.name, err)
+	}
+	if err := im.m.writeHeader(func(h *Header) { h.BaseLength = uint64(length) }); err != nil {
 		return err
 	}
 	return im.m.metaSync.wait()

@@ -10,12 +10,23 @@ import (
 	"github.com/platter-disk/platter/crashlab"
 )
 
-// faultRun uses an image on files that fail and remembers what each sector may hold afterwards: what it read as when
-// a flush last succeeded, or the tag of anything issued since.
+// faultRun uses an image on files that fail and remembers what each sector may hold: values are those of its first
+// byte, a tag that fills the whole sector or the beginning of what the sector held at first.
 type faultRun struct {
 	r       *rig
-	allowed [][]byte // by sector
+	first   []byte   // the disk as it was found
+	live    [][]byte // by sector: what a read may return. A change that failed may have been made or not, in each sector
+	allowed [][]byte // by sector: what may be there afterwards: what it read as when a flush last succeeded, or the tag of anything issued since
 	broken  error    // a flush failed with it: nothing may succeed any more
+}
+
+// newFaultRun remembers the disk of r as it should be.
+func newFaultRun(r *rig) *faultRun {
+	f := &faultRun{r: r, first: bytes.Clone(r.want)}
+	for i := 0; i < len(r.want); i += 512 {
+		f.live, f.allowed = append(f.live, []byte{r.want[i]}), append(f.allowed, []byte{r.want[i]})
+	}
+	return f
 }
 
 // do is one change of [off, off+n) to tag.
@@ -23,8 +34,41 @@ func (f *faultRun) do(tag byte, off, n int64, change func() error) error {
 	for s := off / 512; s < (off+n)/512; s++ {
 		f.allowed[s] = append(f.allowed[s], tag)
 	}
-	if err := change(); err == nil && f.broken != nil {
+	err := change()
+	if err == nil && f.broken != nil {
 		return fmt.Errorf("a change succeeded after a flush had failed with: %w", f.broken)
+	}
+	for s := off / 512; s < (off+n)/512; s++ {
+		if err == nil {
+			f.live[s] = nil
+		}
+		f.live[s] = append(f.live[s], tag)
+	}
+	return nil
+}
+
+// holds wants sector s of a disk, p, to be one of the values.
+func (f *faultRun) holds(s int64, p, values []byte) error {
+	if bytes.IndexByte(values, p[0]) < 0 {
+		return fmt.Errorf("sector %d holds %#x, want one of %#x", s, p[0], values)
+	}
+	start := f.first[min(int64(len(f.first)), s*512):min(int64(len(f.first)), (s+1)*512)]
+	if bytes.Count(p, p[:1]) != len(p) && !bytes.Equal(p, start) {
+		return fmt.Errorf("sector %d is a mixture that begins with %#x", s, p[0])
+	}
+	return nil
+}
+
+// read compares the disk with what was answered.
+func (f *faultRun) read() error {
+	now := make([]byte, len(f.live)*512)
+	if _, err := f.r.im.ReadAt(now, 0); err != nil {
+		return nil // it was made to fail
+	}
+	for s, values := range f.live {
+		if err := f.holds(int64(s), now[s*512:(s+1)*512], values); err != nil {
+			return fmt.Errorf("in use: %w", err)
+		}
 	}
 	return nil
 }
@@ -98,6 +142,7 @@ func TestFaults(t *testing.T) {
 		{create: compact, base: -1},
 		{create: buffered, base: 100 << 10},
 		{create: buffered, base: 100 << 10, data: "file", open: Options{Writethrough: true}},
+		{create: compact, base: 100 << 10, data: "device"},
 	}
 	if raceEnabled { // every fault is a run of its own
 		shapes = shapes[:1]
@@ -122,18 +167,18 @@ func runFaults(r *rig, in *crashlab.Injector, work func(*faultRun) error) error 
 	if err := r.im.Close(); err != nil {
 		return err
 	}
-	f := &faultRun{r: r}
-	for i := 0; i < len(r.want); i += 512 {
-		f.allowed = append(f.allowed, []byte{r.want[i]})
-	}
+	f := newFaultRun(r)
 	o := r.options()
 	if o.Data != nil {
 		o.Data = in.Wrap(o.Data)
 	}
+	if o.DataDevice != nil {
+		o.DataDevice = clustered{&ram{f: r.data}, in.Wrap(r.data)}
+	}
 	im, err := Open(in.Wrap(r.meta), o)
 	if err == nil {
 		r.im = im
-		if err := work(f); err != nil {
+		if err := errors.Join(work(f), f.read()); err != nil {
 			return err
 		}
 		err = im.Close()
@@ -155,8 +200,8 @@ func (f *faultRun) judge() error {
 		return err
 	}
 	for s, allowed := range f.allowed {
-		if got := disk[s*512]; bytes.IndexByte(allowed, got) < 0 {
-			return fmt.Errorf("sector %d holds %#x, want one of %#x", s, got, allowed)
+		if err := f.holds(int64(s), disk[s*512:(s+1)*512], allowed); err != nil {
+			return fmt.Errorf("opened again: %w", err)
 		}
 	}
 	if len(bytes.Trim(disk[len(r.want):], "\x00")) > 0 {
@@ -165,7 +210,8 @@ func (f *faultRun) judge() error {
 	if err := errors.Join(r.im.Audit(), r.im.Close()); err != nil {
 		return err
 	}
-	res, err := Check(r.meta, CheckOptions{Data: r.options().Data})
+	o := r.options()
+	res, err := Check(r.meta, CheckOptions{Data: o.Data, DataDevice: o.DataDevice})
 	if err == nil && res.Corruptions > 0 { // chunks that could not be punched may leak
 		err = fmt.Errorf("the checker found %v", res.Findings)
 	}

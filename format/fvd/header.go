@@ -166,14 +166,14 @@ func (e *FieldError) Error() string {
 }
 
 // Probe reports whether head, the first bytes of a file, looks like an FVD image. It also says yes to images of
-// the January 2011 driver, so that opening them explains itself.
+// the January 2011 driver and to versions that are not known here, so that opening them explains itself.
 func Probe(head []byte) bool {
 	if len(head) < 8 {
 		return false
 	}
 	switch binary.LittleEndian.Uint32(head) {
 	case magicFVD, magicFVDSwapped, magicJanuary:
-		return binary.LittleEndian.Uint32(head[4:]) == headerVersion
+		return true
 	}
 	return false
 }
@@ -192,6 +192,9 @@ func decodeHeader(b []byte) (*Header, error) {
 			"whose header and journal differ; this format is not supported", m)
 	default:
 		return nil, &FieldError{"magic", 0, fmt.Sprintf("%#08x", m), fmt.Sprintf("%#08x (\"FVD\\0\")", magicFVD)}
+	}
+	if v := le.Uint32(b[4:]); v != headerVersion { // before any field whose meaning may be another one
+		return nil, &FieldError{"version", 4, fmt.Sprint(v), fmt.Sprint(headerVersion)}
 	}
 	h := &Header{}
 	for _, f := range h.fields() {
@@ -216,9 +219,6 @@ func decodeHeader(b []byte) (*Header, error) {
 			}
 			*p = string(raw[:n])
 		}
-	}
-	if h.Version != headerVersion {
-		return nil, &FieldError{"version", 4, fmt.Sprint(h.Version), fmt.Sprint(headerVersion)}
 	}
 	return h, nil
 }

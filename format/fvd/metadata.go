@@ -147,11 +147,19 @@ func (m *metadata) markInUse() error {
 	if err := m.writeHeader(func(h *Header) { h.CleanShutdown = false }); err != nil {
 		return err
 	}
-	if err := m.metaSync.wait(); err != nil {
-		return err
+	if m.mutant != MutantInUseNotDurable {
+		if err := m.metaSync.wait(); err != nil {
+			return err
+		}
 	}
 	m.inUse.Store(true)
 	return nil
+}
+
+// untold reports whether the tables on the disk may lack what was acknowledged, with no journal to tell: the image has
+// tables, no journal, and was not closed cleanly (FVD specification 1.12).
+func (m *metadata) untold() bool {
+	return m.inUse.Load() && m.g.journalLen == 0 && (m.fresh.n > 0 || m.g.compact())
 }
 
 // setFresh notes that the blocks hold valid bytes in this image.

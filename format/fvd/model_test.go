@@ -34,7 +34,7 @@ func drawShape(t *rapid.T) shape {
 	c.Compact = rapid.Bool().Draw(t, "compact")
 	c.BlockSize = rapid.SampledFrom([]int64{512, 1024, 7680, 15872, 65024, 65536}).Draw(t, "block")
 	c.ChunkSize = c.BlockSize * rapid.SampledFrom([]int64{1, 2, 3, 5, 7, 12}).Draw(t, "chunk/block")
-	c.GrowUnit = rapid.SampledFrom([]int64{1, 300 << 10}).Draw(t, "grow unit")
+	c.GrowUnit = max(rapid.SampledFrom([]int64{1, 300 << 10}).Draw(t, "grow unit"), roundUp(c.ChunkSize, lcm(c.BlockSize, pageSize)))
 	c.JournalSize = rapid.SampledFrom([]int64{-1, 512, 8192, 20480, 1 << 20}).Draw(t, "journal")
 	c.JournalBuffer = rapid.SampledFrom([]int64{-1, 100, 0}).Draw(t, "journal buffer")
 	c.JournalBufferDelay = time.Hour
@@ -140,11 +140,11 @@ func clone(f *storage.Memory) *storage.Memory {
 	}
 	if err == nil {
 		err = f.DataExtents(0, size, func(e storage.Extent) bool {
-			p := make([]byte, e.Length)
-			if _, err = f.ReadAt(p, e.Offset); err == io.EOF {
-				err = nil
+			if !e.Data {
+				return true
 			}
-			if err == nil && e.Data {
+			p := make([]byte, e.Length)
+			if _, err = f.ReadAt(p, e.Offset); err == nil || err == io.EOF {
 				_, err = c.WriteAt(p, e.Offset)
 			}
 			return err == nil

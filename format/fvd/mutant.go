@@ -20,6 +20,9 @@ const (
 	MutantReuseEarly        Mutant = "reuse-early"         // a chunk is used again before losing its mapping is durable
 	MutantLateSnapshot      Mutant = "late-snapshot"       // a checkpoint copies the tables after the data barrier, not before
 	MutantEmptyInPart       Mutant = "empty-in-part"       // a record tells EMPTY of a chunk of which only a part was zeroed
+	MutantInUseNotDurable   Mutant = "in-use-not-durable"  // D-12: clean_shutdown=0 is written and no barrier follows
+	MutantForgetDirty       Mutant = "forget-dirty"        // an image that lost track of its tables becomes clean by being closed
+	MutantNoChecksum        Mutant = "no-checksum"         // journal sectors count whatever their checksum
 )
 
 // Mutants lists the wrong orders that Options.Mutant takes.
@@ -27,6 +30,7 @@ func Mutants() []Mutant {
 	return []Mutant{
 		MutantNoTableBarrier, MutantReuseAfterFailure, MutantClearDirtyEarly, MutantStaleEarly, MutantNoLatch, MutantNoDataBarrier,
 		MutantMetadataFirst, MutantNoPadding, MutantStraddle, MutantReuseUnzeroed, MutantReuseEarly, MutantLateSnapshot, MutantEmptyInPart,
+		MutantInUseNotDurable, MutantForgetDirty, MutantNoChecksum,
 	}
 }
 

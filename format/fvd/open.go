@@ -131,7 +131,7 @@ func (im *Image) attachBase(o *Options) error {
 // checkBase compares the base image with what the image was made for (D-34).
 func checkBase(h *Header, size int64) error {
 	if h.BaseLength != 0 && uint64(size) != h.BaseLength {
-		return fmt.Errorf("base image %q has %d bytes, it had %d when this image was created: it was changed", h.BaseImage, size, h.BaseLength)
+		return fmt.Errorf("base image %q has %d bytes, it had %d when this image began to use it: it was changed", h.BaseImage, size, h.BaseLength)
 	}
 	if uint64(roundUp(size, sectorSize)) < h.BaseSize {
 		return fmt.Errorf("base image %q has %d bytes, base_img_size is %d", h.BaseImage, size, h.BaseSize)
@@ -188,9 +188,9 @@ func (im *Image) recover(o *Options) (epoch, error) {
 		return next, im.epochsLeft(next)
 	}
 	if m.g.journalLen == 0 {
-		m.doubtful = m.fresh.n > 0 || m.g.compact()
+		m.doubtful = m.untold()
 		if m.doubtful && !o.AllowDirty {
-			return 0, fmt.Errorf("fvd image %s: %w; it may have lost writes; checking it and marking it clean is up to its operator", m.name, ErrDirty)
+			return 0, fmt.Errorf("fvd image %s: %w; it may have lost writes; check it, and then open it all the same (--allow-dirty) or mark it clean (amend -o clean_shutdown=on)", m.name, ErrDirty)
 		}
 		return next, nil
 	}

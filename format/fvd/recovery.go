@@ -2,6 +2,7 @@ package fvd
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"slices"
 
@@ -71,6 +72,36 @@ func (m *metadata) loadBitmap() (stray bool, err error) {
 	return stray, err
 }
 
+// maxStrayPages bounds how many pages strayPages lists at once.
+const maxStrayPages = 4096
+
+// strayPages lists the first pages of the bitmap region, from page first on, in which a bit is set behind the bytes
+// that loadBitmap reads: nothing is there that it could describe. Holes are not read.
+func (m *metadata) strayPages(first int64) (pages []int64, err error) {
+	bits := ceilDiv(int64(m.fresh.n), 8) // bytes of the region
+	first = max(first, bits/pageSize)
+	length := int64(m.header.BitmapSize) - first*pageSize
+	if length <= 0 {
+		return nil, nil
+	}
+	enough := errors.New("enough pages")
+	err = forEachData(m.file, m.g.bitmapAt+metaOffset(first*pageSize), length, pageSize, func(at int64, p []byte) error {
+		for at += first * pageSize; len(p) > 0; p, at = p[pageSize:], at+pageSize {
+			if rest := p[min(pageSize, max(0, bits-at)):pageSize]; slices.ContainsFunc(rest, func(b byte) bool { return b != 0 }) {
+				pages = append(pages, at/pageSize)
+			}
+			if len(pages) == maxStrayPages {
+				return enough
+			}
+		}
+		return nil
+	})
+	if err != nil && err != enough {
+		return nil, fmt.Errorf("fvd image %s: reading the bitmap: %w", m.name, err)
+	}
+	return pages, nil
+}
+
 // loadTable reads the table as stored.
 func (m *metadata) loadTable() error {
 	clear(m.table) // holes, which no writer leaves, are chunk 0
@@ -85,14 +116,38 @@ func (m *metadata) loadTable() error {
 }
 
 // replayJournal applies the journal to the tables in memory (FVD specification 1.7) and returns the highest epoch
-// it saw. A record is checked as a whole before anything of it is applied (D-17 to D-20).
+// it saw.
 func (m *metadata) replayJournal() (r Replay, highest epoch, err error) {
-	stable := epoch(m.header.StableEpoch)
 	var best []epoch     // of the record that decided a chunk's entry
 	var runs []blockSpan // whose bits are to be set
+	r, highest, err = m.scanJournal(func(_ *Replay, _ int64, rec *record) {
+		if !rec.table {
+			if runs = append(runs, m.blockSpan(rec)); len(runs) == maxReplaySpans {
+				m.setSpans(runs)
+				runs = runs[:0]
+			}
+			return
+		}
+		if best == nil {
+			best = make([]epoch, len(m.table))
+		}
+		m.replayTable(rec, best)
+	})
+	m.setSpans(runs)
+	return r, highest, err
+}
+
+// scanJournal reads the journal and calls counts with every record that no checkpoint has outdated, and with the number
+// of its sector. A record is checked as a whole before (D-17 to D-20). highest is the highest epoch of all.
+func (m *metadata) scanJournal(counts func(r *Replay, sector int64, rec *record)) (r Replay, highest epoch, err error) {
+	stable := epoch(m.header.StableEpoch)
+	crc := m.crc
+	if m.mutant == MutantNoChecksum {
+		crc = nil
+	}
 	err = forEachData(m.file, m.g.journalAt, m.g.journalLen, sectorSize, func(at int64, p []byte) error {
 		for ; len(p) > 0; p, at = p[sectorSize:], at+sectorSize {
-			state, records, generation := openSector(p[:sectorSize], m.g.trailer, m.crc)
+			state, records, generation := openSector(p[:sectorSize], m.g.trailer, crc)
 			switch {
 			case state == sectorBlank:
 				continue
@@ -126,17 +181,7 @@ func (m *metadata) replayJournal() (r Replay, highest epoch, err error) {
 					continue
 				}
 				r.Records++
-				if !rec.table {
-					if runs = append(runs, m.blockSpan(&rec)); len(runs) == maxReplaySpans {
-						m.setSpans(runs)
-						runs = runs[:0]
-					}
-					continue
-				}
-				if best == nil {
-					best = make([]epoch, len(m.table))
-				}
-				m.replayTable(&rec, best)
+				counts(&r, at/sectorSize, &rec)
 			}
 		}
 		return nil
@@ -144,7 +189,35 @@ func (m *metadata) replayJournal() (r Replay, highest epoch, err error) {
 	if err != nil {
 		err = fmt.Errorf("fvd image %s: reading the journal: %w", m.name, err)
 	}
-	m.setSpans(runs)
+	return r, highest, err
+}
+
+// outdatedJournal reads the journal of an image that was closed cleanly, for the checker. The checkpoint that ended it
+// has outdated every record: one that still counts would be replayed after the next crash, over newer tables. BITMAP
+// records without a trailer always count; there it is enough that their bits are set.
+func (m *metadata) outdatedJournal() (r Replay, highest epoch, err error) {
+	var runs []blockSpan
+	unset := func(r *Replay) {
+		for _, s := range mergeSpans(runs) {
+			if !m.fresh.all(s.first, s.last) {
+				r.anomaly("BITMAP records of the journal would set bits of blocks %d to %d, though the image was closed cleanly", s.first, s.last-1)
+			}
+		}
+		runs = runs[:0]
+	}
+	r, highest, err = m.scanJournal(func(r *Replay, sector int64, rec *record) {
+		switch {
+		case rec.table:
+			r.anomaly("journal sector %d: a TABLE record of epoch %d counts, though the image was closed cleanly", sector, rec.epoch)
+		case m.g.trailer:
+			r.anomaly("journal sector %d: a BITMAP record counts, though the image was closed cleanly", sector)
+		default:
+			if runs = append(runs, m.blockSpan(rec)); len(runs) == maxReplaySpans {
+				unset(r)
+			}
+		}
+	})
+	unset(&r)
 	return r, highest, err
 }
 
@@ -162,14 +235,23 @@ func (m *metadata) blockSpan(rec *record) (s blockSpan) {
 
 // setSpans sets the fresh bits of all spans, which it sorts.
 func (m *metadata) setSpans(spans []blockSpan) {
-	slices.SortFunc(spans, func(a, b blockSpan) int { return cmp.Compare(a.first, b.first) })
-	for i := 0; i < len(spans); {
-		s := spans[i]
-		for i++; i < len(spans) && spans[i].first <= s.last; i++ {
-			s.last = max(s.last, spans[i].last)
-		}
+	for _, s := range mergeSpans(spans) {
 		m.setFresh(s.first, s.last)
 	}
+}
+
+// mergeSpans sorts spans and makes one of those that touch or overlap, in place.
+func mergeSpans(spans []blockSpan) []blockSpan {
+	slices.SortFunc(spans, func(a, b blockSpan) int { return cmp.Compare(a.first, b.first) })
+	merged := spans[:0]
+	for _, s := range spans {
+		if n := len(merged); n > 0 && s.first <= merged[n-1].last {
+			merged[n-1].last = max(merged[n-1].last, s.last)
+			continue
+		}
+		merged = append(merged, s)
+	}
+	return merged
 }
 
 // replayTable applies a TABLE record: the highest epoch wins, whatever the order in the journal.

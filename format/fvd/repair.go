@@ -11,46 +11,115 @@ import (
 
 // fix writes the image as it should be. The order is that of a recovery: the image is marked in use, copies of
 // data come before the table that names them, the tables before the header that calls the image clean.
-func (k *checker) fix(next epoch) error {
+func (k *checker) fix() error {
 	m := k.m
 	if !k.changed {
-		if k.res.LeaksFixed > 0 {
-			return m.data.sync()
-		}
 		return nil
+	}
+	if k.clean { // what still counts there would be replayed once the image is marked in use
+		if err := k.scrub(); err != nil {
+			return err
+		}
 	}
 	if err := m.markInUse(); err != nil {
 		return err
 	}
 	if m.g.compact() {
-		k.use.used = nil // of the scan that found them; the next one needs its room
-		var fixErr error
-		_, err := m.scanTable(k.stored, func(c chunkIndex, e entry, fault tableFault) bool {
-			fixErr = k.fixEntry(c, e, fault)
-			return fixErr == nil
-		})
-		if err = errors.Join(err, fixErr); err != nil {
+		if err := k.fixTable(); err != nil {
 			return err
 		}
 	}
 	if k.stray {
-		last := int((m.fresh.n - 1) / pageBits)
-		m.bitmapPages.mark(last, last)
+		if err := k.clearStrayBits(); err != nil {
+			return err
+		}
+	}
+	if k.h.FullyPrefetched && !m.fresh.all(0, m.fresh.n) {
+		if err := m.writeHeader((*Header).takePrefetchedBack); err != nil {
+			return err
+		}
 	}
 	if err := m.data.sync(); err != nil {
 		return err
 	}
 	seal := epoch(0)
 	if m.g.journalLen > 0 {
-		seal = min(next, maxEpoch-1) // no record has a higher one
+		seal = min(k.next, maxEpoch-1) // no record has a higher one
 	}
 	if err := m.checkpoint(m.snapshotTables(), headerChange{seal: seal}); err != nil {
 		return err
 	}
-	if err := scrubJournal(m.file, k.h); err != nil {
-		return fmt.Errorf("fvd image %s: clearing the journal: %w", m.name, err)
+	if !k.clean {
+		if err := k.scrub(); err != nil {
+			return err
+		}
+	}
+	if seal > maxEpoch-epochReserve { // no record is left that epochs could be compared with
+		if err := m.writeHeader(func(h *Header) { h.StableEpoch = 0 }); err != nil {
+			return err
+		}
 	}
 	return m.checkpoint(m.snapshotTables(), headerChange{clean: true})
+}
+
+// scrub clears the journal.
+func (k *checker) scrub() error {
+	if err := scrubJournal(k.m.file, k.h); err != nil {
+		return fmt.Errorf("fvd image %s: clearing the journal: %w", k.m.name, err)
+	}
+	return nil
+}
+
+// fixTable puts the entries of the table in memory right, and then knows the usage of the storage by it.
+func (k *checker) fixTable() error {
+	m := k.m
+	k.use.used = nil // of the scan that found them; the next one needs its room
+	var fixErr error
+	_, err := m.scanTable(k.stored, func(c chunkIndex, e entry, fault tableFault) bool {
+		fixErr = k.fixEntry(c, e, fault)
+		return fixErr == nil
+	})
+	if err = errors.Join(err, fixErr); err != nil {
+		return err
+	}
+	if k.stored, err = m.alloc.stored(); err != nil {
+		return err
+	}
+	k.use, err = m.scanTable(k.stored, func(c chunkIndex, e entry, fault tableFault) bool {
+		fixErr = fmt.Errorf("fvd image %s: table entry of chunk %d names chunk %#x after its repair, which %s", m.name, c, uint32(e), tableFaultNames[fault])
+		return false
+	})
+	return errors.Join(err, fixErr)
+}
+
+// clearStrayBits takes bits that describe nothing out of the bitmap: those in its last page with the next checkpoint,
+// those behind it here.
+func (k *checker) clearStrayBits() error {
+	m := k.m
+	last := int((m.fresh.n - 1) / pageBits)
+	m.bitmapPages.mark(last, last)
+	zeros := make([]byte, pageSize)
+	for from := int64(last) + 1; ; {
+		pages, err := m.strayPages(from)
+		if err != nil || len(pages) == 0 {
+			return err
+		}
+		for _, page := range pages {
+			if err := m.writeMeta("clearing the bitmap", zeros, m.g.bitmapAt+metaOffset(page)*pageSize); err != nil {
+				return err
+			}
+		}
+		from = pages[len(pages)-1] + 1
+	}
+}
+
+// takePrefetchedBack has the base image be needed again, with settings for prefetching that make sense.
+func (h *Header) takePrefetchedBack() {
+	h.FullyPrefetched = false
+	if h.validatePrefetch() != nil {
+		h.PrefetchSlots = defaultSlots
+		h.BytesPerPrefetch = uint64(roundUp(defaultPerPrefetch, int64(h.BlockSize)))
+	}
 }
 
 // reserveCopies makes room in the storage for a copy for each duplicate, all at once and while nothing else is changed:

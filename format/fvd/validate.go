@@ -92,6 +92,20 @@ func (h *Header) validateBase() error {
 	return multiple("bitmap_size", 2120, h.BitmapSize, pageSize, uint64(ceilDiv(blocks, 8)), maxVirtualSize)
 }
 
+// validateBaseLength refuses a recorded length that no base image can have which the image accepts. It is for those who
+// set the field: an image that has such a value is only refused together with its base image, which it cannot match.
+func (h *Header) validateBaseLength() error {
+	switch {
+	case h.BaseLength == 0:
+		return nil
+	case h.BaseImage == "":
+		return &FieldError{"base_length", 3352, fmt.Sprint(h.BaseLength), "0, as the image has no base image"}
+	case h.BaseLength > maxVirtualSize || uint64(roundUp(int64(h.BaseLength), sectorSize)) < h.BaseSize:
+		return &FieldError{"base_length", 3352, fmt.Sprint(h.BaseLength), fmt.Sprintf("0 (any) or the length of a base image that covers base_img_size %d", h.BaseSize)}
+	}
+	return nil
+}
+
 func (h *Header) validateTable() error {
 	if !h.hasTable() {
 		if h.Features&FeatureTableInData != 0 {

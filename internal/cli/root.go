@@ -15,6 +15,7 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"io"
 	"os"
 	"os/signal"
@@ -29,13 +30,49 @@ const (
 	groupUse    = "use"
 )
 
-// Main runs the program with its arguments, without the program's name, and returns its exit status.
-// SIGINT and SIGTERM cancel the context of the command; a second one ends the process at once.
+// Main runs the program with its arguments, without the program's name, and returns its exit status: 128 and the
+// number of the signal for a command that a signal interrupted, as of a process that the signal killed.
+// SIGINT, SIGTERM and SIGHUP cancel the context of the command; a second SIGINT or SIGTERM ends the process at once.
 func Main(args []string) int {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	ctx, stop := notifyContext(context.Background())
 	defer stop()
-	context.AfterFunc(ctx, stop)
-	return run(ctx, args, os.Stdout, os.Stderr)
+	status := run(ctx, args, os.Stdout, os.Stderr)
+	var by *interruption
+	if status == statusInterrupted && errors.As(context.Cause(ctx), &by) {
+		return 128 + int(by.signal)
+	}
+	return status
+}
+
+// interruption is the cause of a context that a signal cancelled.
+type interruption struct{ signal syscall.Signal }
+
+func (e *interruption) Error() string { return "interrupted by a signal: " + e.signal.String() }
+func (e *interruption) Unwrap() error { return context.Canceled }
+
+// notifyContext returns a context that the first signal cancels. After it SIGINT and SIGTERM do what they do by
+// default. SIGHUP does nothing any more: when a terminal closes it may come twice, from the system and from the
+// shell. Where it is ignored from the start, as under nohup, it stays so.
+func notifyContext(parent context.Context) (ctx context.Context, stop func()) {
+	ctx, cancel := context.WithCancelCause(parent)
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	if !signal.Ignored(syscall.SIGHUP) {
+		signal.Notify(signals, syscall.SIGHUP)
+	}
+	go func() {
+		select {
+		case s := <-signals:
+			signal.Reset(os.Interrupt, syscall.SIGTERM)
+			by, _ := s.(syscall.Signal) // the only kind there is
+			cancel(&interruption{by})
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, func() {
+		signal.Stop(signals)
+		cancel(nil)
+	}
 }
 
 // run is Main with its surroundings given.

@@ -31,18 +31,19 @@ type serveFlags struct {
 	sockets listenFlags
 	base    prefetchFlags
 
-	exports    []string
-	readOnly   bool
-	metadata   metadataFlags
-	grow       growFlag
-	cache      string
-	discard    string
-	create     string
-	control    string
-	l2Cache    string
-	maxConns   int
-	maxRequest string
-	verbose    bool
+	exports      []string
+	readOnly     bool
+	metadata     metadataFlags
+	grow         growFlag
+	cache        string
+	discard      string
+	create       string
+	control      string
+	l2Cache      string
+	maxConns     int
+	maxRequest   string
+	exitWhenIdle bool
+	verbose      bool
 }
 
 func newServeCommand() *cobra.Command {
@@ -54,20 +55,24 @@ func newServeCommand() *cobra.Command {
 Device): QEMU, libnbd, nbdcopy, fio, the Linux kernel.
 
 When clients can connect, one line is printed on standard output: the URI of the disk.
-Everything else is printed on standard error. SIGTERM or Ctrl-C ends the server: it
-finishes the requests it has begun, makes everything durable, leaves the images clean
-and exits with status 0. A second signal ends it at once.
+Everything else is printed on standard error. SIGTERM, SIGHUP (the terminal closes) or
+Ctrl-C ends the server: it finishes the requests it has begun, makes everything durable,
+leaves the images clean and exits with status 0. A second SIGTERM or Ctrl-C ends it at
+once.
 
 Clients connect to a Unix socket (--socket), over TCP (--listen), or both. With
-neither, a Unix socket is made in a new directory that only you can enter; or the
-sockets are used that systemd passes (socket activation).
+neither, a Unix socket is made in a new directory that only you can enter. Where systemd
+or libnbd passes sockets (socket activation), those are used, neither flag can be
+given, and nothing is printed on standard output: whoever passed them knows where they
+are.
 
 Several images are served under their base names, or the names given with --export,
 one for each image in the same order. A client that names no export gets the first.`,
 		Example: `  platter serve disk.qcow2
   platter serve --create 10G --socket /run/disk.sock disk.qcow2
   platter serve --listen 127.0.0.1:10809 --read-only a.qcow2 b.qcow2
-  platter serve --listen :10809 --tls-certificate cert.pem --tls-key key.pem --tls-required disk.qcow2`,
+  platter serve --listen :10809 --tls-certificate cert.pem --tls-key key.pem --tls-required disk.qcow2
+  nbdcopy -- [ platter serve --exit-when-idle disk.qcow2 ] disk.img`,
 		Args: cobra.ArbitraryArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return f.run(cmd, args)
@@ -90,6 +95,7 @@ one for each image in the same order. A client that names no export gets the fir
 	fs.StringVar(&f.control, "control", "", "accept commands on a Unix socket at `PATH`: HTTP with JSON,\nGET /status, POST /flush, POST /quit, POST /prefetch/pause, POST\n/prefetch/resume; platter prefetch --control asks there")
 	fs.IntVar(&f.maxConns, "max-connections", 128, "`N` connections at a time; further ones are closed at once")
 	fs.StringVar(&f.maxRequest, "max-request", "32M", "`SIZE` of the largest read or write of a client, 64k to 1G")
+	fs.BoolVar(&f.exitWhenIdle, "exit-when-idle", false, "end when the last client leaves, after at least one has used a disk;\nasking what there is does not count as use")
 	fs.BoolVarP(&f.verbose, "verbose", "v", false, "log every connection and every refused request")
 	f.grow.register(fs)
 	f.base.register(cmd)
@@ -119,6 +125,16 @@ func (f *serveFlags) run(cmd *cobra.Command, args []string) (err error) {
 	}
 	ctx, cancel := context.WithCancel(cmd.Context())
 	defer cancel()
+	if f.exitWhenIdle {
+		config.OnIdle = func() {
+			config.Logger.Info("the last client has left")
+			cancel()
+		}
+	}
+	if err := f.sockets.takePassed(cmd); err != nil {
+		return err
+	}
+	defer closeAll(f.sockets.passed)
 
 	exports, err := f.openImages(ctx, cmd, args, options)
 	defer func() {
@@ -187,7 +203,12 @@ func (f *serveFlags) run(cmd *cobra.Command, args []string) (err error) {
 			return c.serve(ctx, control)
 		})
 	}
-	announce(cmd, listeners, exports, f.tls.required)
+	uris := exportURIs(listeners, exports, f.tls.required)
+	if len(f.sockets.passed) > 0 {
+		config.Logger.Info("serving", "uris", uris)
+	} else {
+		announce(cmd, uris)
+	}
 	for _, e := range exports {
 		if e.fetcher != nil {
 			e.fetcher.start()
@@ -272,7 +293,7 @@ func (f *serveFlags) openImages(ctx context.Context, cmd *cobra.Command, names [
 		if err := f.createMissing(ctx, cmd, name); err != nil {
 			return exports, err
 		}
-		img, err := f.open.open(ctx, name, f.grow.apply(ctx, o, name))
+		img, err := f.open.open(ctx, name, f.grow.apply(ctx, o))
 		if err != nil {
 			return exports, err
 		}
@@ -333,11 +354,33 @@ const maxSocketPath = 103
 // listenFlags say where clients connect.
 type listenFlags struct {
 	socket, tcp string
+
+	passed []net.Listener // by whoever started the program (socket activation); in place of the flags
 }
 
-// listen opens the sockets. cleanup is to be called when the listeners are closed; it is never nil.
+// takePassed takes the sockets that were passed to the program. Where there are any the flags are refused: a unit
+// of systemd says where to listen in one place, and a client such as libnbd waits for a server on its own socket
+// only, so that another address is a mistake that should not go unnoticed.
+func (f *listenFlags) takePassed(cmd *cobra.Command) (err error) {
+	if f.passed, err = server.ActivationListeners(); err != nil || len(f.passed) == 0 {
+		return err
+	}
+	for _, flag := range []struct{ name, value string }{{"--socket", f.socket}, {"--listen", f.tcp}} {
+		if flag.value != "" {
+			closeAll(f.passed)
+			return usagef(cmd, "%s cannot be used where sockets are passed to the program (socket activation: LISTEN_FDS is set)", flag.name)
+		}
+	}
+	return nil
+}
+
+// listen opens the sockets, unless they were passed. cleanup is to be called when the listeners are closed; it is
+// never nil.
 func (f *listenFlags) listen() (listeners []net.Listener, cleanup func(), err error) {
 	cleanup = func() {}
+	if len(f.passed) > 0 {
+		return f.passed, cleanup, nil
+	}
 	defer func() {
 		if err != nil {
 			closeAll(listeners)
@@ -345,9 +388,6 @@ func (f *listenFlags) listen() (listeners []net.Listener, cleanup func(), err er
 		}
 	}()
 	if f.socket == "" && f.tcp == "" {
-		if listeners, err = server.ActivationListeners(); err != nil || len(listeners) > 0 {
-			return listeners, cleanup, err
-		}
 		dir, err := os.MkdirTemp("", "platter-")
 		if err != nil {
 			return nil, cleanup, err
@@ -377,17 +417,23 @@ func closeAll(listeners []net.Listener) {
 	}
 }
 
-// announce prints the URI of the first export on the first socket, the line that scripts wait for, and before it
-// the other ways to connect on standard error.
-func announce(cmd *cobra.Command, listeners []net.Listener, exports []export, secure bool) {
-	for i, e := range exports {
-		for j, l := range listeners {
-			if i > 0 || j > 0 {
-				fmt.Fprintln(cmd.ErrOrStderr(), exportURI(l.Addr(), e.name, secure))
-			}
+// exportURIs are all ways to connect, that to the first export on the first socket first.
+func exportURIs(listeners []net.Listener, exports []export, secure bool) []string {
+	uris := make([]string, 0, len(exports)*len(listeners))
+	for _, e := range exports {
+		for _, l := range listeners {
+			uris = append(uris, exportURI(l.Addr(), e.name, secure))
 		}
 	}
-	fmt.Fprintln(cmd.OutOrStdout(), exportURI(listeners[0].Addr(), exports[0].name, secure))
+	return uris
+}
+
+// announce prints the first URI, the line that scripts wait for, and before it the other ones on standard error.
+func announce(cmd *cobra.Command, uris []string) {
+	for _, uri := range uris[1:] {
+		fmt.Fprintln(cmd.ErrOrStderr(), uri)
+	}
+	fmt.Fprintln(cmd.OutOrStdout(), uris[0])
 }
 
 // exportURI is the address of an export as NBD clients read it.

@@ -21,7 +21,7 @@ type serveTLS struct {
 func (f *serveTLS) register(fs *pflag.FlagSet) {
 	fs.StringVar(&f.certificate, "tls-certificate", "", "PEM `FILE` with the server's certificate and its chain: clients may\nencrypt their connection")
 	fs.StringVar(&f.key, "tls-key", "", "PEM `FILE` with the private key of the certificate")
-	fs.StringVar(&f.clientCA, "tls-client-ca", "", "PEM `FILE` with the authorities that a client's certificate must\ncome from; with it, encrypted clients must show one")
+	fs.StringVar(&f.clientCA, "tls-client-ca", "", "PEM `FILE` with the authorities that a client's certificate must\ncome from; with it, encrypted clients must show one (the names of the\nauthorities are not sent)")
 	fs.BoolVar(&f.required, "tls-required", false, "refuse clients that do not encrypt")
 }
 
@@ -46,11 +46,11 @@ func (f *serveTLS) config(cmd *cobra.Command) (server.TLSMode, *tls.Config, erro
 		if err != nil {
 			return server.TLSOff, nil, fmt.Errorf("--tls-client-ca: %w", err)
 		}
-		config.ClientCAs = x509.NewCertPool()
-		if !config.ClientCAs.AppendCertsFromPEM(pem) {
+		authorities := x509.NewCertPool()
+		if !authorities.AppendCertsFromPEM(pem) {
 			return server.TLSOff, nil, fmt.Errorf("--tls-client-ca: no certificate in '%s'", f.clientCA)
 		}
-		config.ClientAuth = tls.RequireAndVerifyClientCert
+		server.RequireClientCertificates(config, authorities)
 	}
 	if f.required {
 		return server.TLSRequired, config, nil

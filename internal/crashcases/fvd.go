@@ -78,13 +78,14 @@ func fvdWorkloads() []fvdWorkload {
 		return fvd.CreateOptions{Size: fvdSize, Compact: true, BlockSize: 4 * kib, ChunkSize: 16 * kib, GrowUnit: 64 * kib, JournalSize: journal}
 	}
 	overlay := fvd.CreateOptions{Size: fvdSize, BlockSize: 4 * kib, JournalSize: 64 * kib}
-	odd := fvd.CreateOptions{Size: fvdSize, Compact: true, BlockSize: 7680, ChunkSize: 5 * 7680, GrowUnit: 1, JournalSize: 20 * kib, JournalBuffer: 200}
+	odd := fvd.CreateOptions{Size: fvdSize, Compact: true, BlockSize: 7680, ChunkSize: 5 * 7680, GrowUnit: 60 * kib, JournalSize: 20 * kib, JournalBuffer: 200}
 	old := compact(16 * kib)
 	old.PlainJournal = true
 	growing := compact(64 * kib)
 	growing.ChunkSize = 4 * kib
 	flat := fvd.CreateOptions{Size: 64 * kib, JournalSize: -1}
-	unjournaled := compact(-1)
+	unjournaled, bitmapOnly := compact(-1), overlay
+	bitmapOnly.JournalSize = -1
 	random := crashlab.Mix{Requests: 10, MaxLength: 24 * kib, Write: 10, Zero: 1, Unmap: 2, Discard: 2, Flush: 4, Check: 1}
 	parallel := random // no copies: those have workloads of their own
 	parallel.Requests, parallel.Workers = 20, 3
@@ -185,6 +186,12 @@ func fvdWorkloads() []fvdWorkload {
 		}, {
 			Workload: Workload{Name: "dirty", Description: "tables without a journal: a crash may lose writes, and must say so", Disciplines: []string{fvdNone}},
 			create:   unjournaled, base: fvdBase, work: dirtyWork,
+		}, {
+			Workload: Workload{Name: "dirty-repair", Description: "the same, and the checker's repair comes before opening", Disciplines: []string{fvdNone}},
+			create:   unjournaled, base: fvdBase, repair: true, work: dirtyWork,
+		}, {
+			Workload: Workload{Name: "dirty-overlay", Description: "a bitmap without a journal, where no barrier comes before the first answer but that of the mark", Disciplines: []string{fvdNone}},
+			create:   bitmapOnly, base: fvdBase, work: dirtyWork,
 		},
 	}
 }
@@ -366,10 +373,13 @@ func (r *fvdRun) open(files []storage.File) (crashlab.Subject, error) {
 // again uses a disk that was recovered.
 func (r *fvdRun) again(g *crashlab.Guest) error {
 	m := crashlab.Mix{Requests: 6, MaxLength: 20 * kib, Ranges: r.ranges, Write: 6, Unmap: 1, Discard: 1, Flush: 2, Seed: r.c.Seed + 1}
-	if r.c.Discipline == fvdNone && r.create.Compact {
+	if r.c.Discipline == fvdNone && (r.create.Compact || r.base > 0) {
 		m.Flush = 0 // promises nothing
 	}
 	s := g.Subject().(*fvdSubject)
+	if s.foundDirty() {
+		g.Note(noteDirty)
+	}
 	return script(
 		func() error { return m.Run(g) },
 		func() error { return s.copyUp(32*kib, 24*kib) },

@@ -127,8 +127,8 @@ func (s *fvdSubject) checkRecovery() error {
 		return fmt.Errorf("stable_journal_epoch went back from %d to %d", before.StableEpoch, after.StableEpoch)
 	case before.FullyPrefetched && !after.FullyPrefetched:
 		return errors.New("base_img_fully_prefetched was taken back")
-	case before.JournalSize == 0 && !before.CleanShutdown && after.CleanShutdown && s.run.create.Compact: // [31]
-		return errors.New("an image without a journal became clean by being opened")
+	case s.foundDirty() && after.CleanShutdown: // [31]
+		return errors.New("an image without a journal became clean by being repaired or opened")
 	}
 	bitmap := make([]byte, len(s.found.bitmap))
 	if err := storage.ReadFull(s.files.image, bitmap, int64(after.BitmapOffset)); err != nil {
@@ -250,17 +250,51 @@ func reverseSectors(p []byte) {
 	}
 }
 
-// judge wants no image to call itself clean once a write of its metadata failed [30].
+// noteDirty is what a disk that is used again says of the state in which it was found: without a journal, and not
+// closed cleanly.
+const noteDirty = "the image was found dirty"
+
+// foundDirty reports whether the crash left an image of which nobody knows what its tables lack (FVD specification
+// 1.12).
+func (s *fvdSubject) foundDirty() bool {
+	h := s.found.header
+	return !h.CleanShutdown && h.JournalSize == 0 && (h.TableOffset > 0 || h.BitmapSize > 0)
+}
+
+// judge wants no image to call itself clean that must not: once a write was answered that changed the tables, until
+// the image is closed [20, 21]; once a write of metadata failed [30]; and ever again, if it was found dirty [31].
 func (r *fvdRun) judge(s crashlab.Subject, at crashlab.Moment) error {
-	if at.Phase != crashlab.PhaseWork || !s.(*fvdSubject).found.header.CleanShutdown {
+	if at.Phase == crashlab.PhaseRecovery || !s.(*fvdSubject).found.header.CleanShutdown {
 		return nil
 	}
+	changed, closing := "", false
 	for _, m := range at.Marks() {
-		if strings.HasPrefix(m.Text, "failed: ") {
+		switch {
+		case m.Text == noteDirty:
+			return fmt.Errorf("the image is marked clean, and %s", strings.TrimPrefix(m.Text, "the image "))
+		case at.Phase != crashlab.PhaseWork: // a disk that was used before: its writes need not change any table
+		case strings.HasPrefix(m.Text, "failed: "):
 			return fmt.Errorf("the image is marked clean, after this: %s", m.Text)
+		case strings.HasPrefix(m.Text, "guest issues close"):
+			closing = true
+		case changed == "" && r.changesTables(m.Text):
+			changed = m.Text
 		}
 	}
+	if changed != "" && !closing {
+		return fmt.Errorf("the image is marked clean, after this: %s", changed)
+	}
 	return nil
+}
+
+// changesTables reports whether a mark tells that a write was answered which changes bitmap or table, if it is the first
+// one there.
+func (r *fvdRun) changesTables(mark string) bool {
+	var off, n int64
+	if _, err := fmt.Sscanf(mark, "answered: write of %d bytes at %d", &n, &off); err != nil {
+		return false
+	}
+	return r.create.Compact || off < r.base
 }
 
 // closed judges the files of a disk that was closed: nothing is left to do, unless a write of metadata failed.

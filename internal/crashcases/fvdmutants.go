@@ -4,6 +4,7 @@ import "github.com/platter-disk/platter/format/fvd"
 
 // fvdMutants lists the wrong orders of FVD with the workloads that give them away.
 func fvdMutants() []Mutant {
+	none := []string{fvdNone}
 	immediate, journaled := []string{fvdImmediate}, []string{fvdImmediate, fvdBuffered}
 	return []Mutant{
 		{string(fvd.MutantNoTableBarrier), "D-01: no barrier between table and header in a checkpoint", journaled, "recycle"},
@@ -19,5 +20,8 @@ func fvdMutants() []Mutant {
 		{string(fvd.MutantReuseEarly), "a chunk is used again before losing its mapping is durable", journaled, "reuse"},
 		{string(fvd.MutantLateSnapshot), "a checkpoint copies the tables after the data barrier, not before", immediate, "late-copy"},
 		{string(fvd.MutantEmptyInPart), "a record tells EMPTY of a chunk of which only a part was zeroed", journaled, "zeros-and-copies"},
+		{string(fvd.MutantInUseNotDurable), "D-12: clean_shutdown=0 is written and no barrier follows", none, "dirty-overlay"},
+		{string(fvd.MutantForgetDirty), "an image that lost track of its tables becomes clean by being closed", none, "dirty"},
+		{string(fvd.MutantNoChecksum), "journal sectors count whatever their checksum", journaled, "ruinous"},
 	}
 }

@@ -95,10 +95,13 @@ func (f hooked) Sync() error {
 const (
 	mediumBlock = 4096 // bytes that a ruinous medium writes at a time
 	ruin        = 0xDB
+
+	trailerMagicAt, trailerMagicEnd = 496, 500 // bytes of a journal sector with the magic of its trailer
 )
 
 // ruinous is a file on a medium that loses the whole 4 KiB blocks that it is writing when the power fails: each write
-// to [start, end) ruins its blocks before it fills them (FVD specification, D-08).
+// to [start, end) ruins its blocks before it fills them (FVD specification, D-08). What tells a journal sector from
+// others survives: only its checksum gives it away.
 type ruinous struct {
 	storage.File
 	start, end int64
@@ -117,11 +120,14 @@ func (f ruinous) WriteAt(p []byte, off int64) (int, error) {
 	if n, err := f.ReadAt(whole, from); err != nil && !(errors.Is(err, io.EOF) && int64(n) >= off-from) {
 		return 0, err
 	}
+	copy(whole[off-from:], p)
 	ruined := make([]byte, len(whole))
 	for i := range ruined {
 		ruined[i] = ruin
 	}
-	copy(whole[off-from:], p)
+	for at := 0; at < len(whole); at += storage.SectorSize {
+		copy(ruined[at+trailerMagicAt:at+trailerMagicEnd], whole[at+trailerMagicAt:])
+	}
 	for _, b := range [][]byte{ruined, whole} {
 		if _, err := f.File.WriteAt(b, from); err != nil {
 			return 0, err

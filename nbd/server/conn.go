@@ -66,7 +66,7 @@ func (c *conn) run() {
 	c.setDeadline(time.Now().Add(c.srv.cfg.HandshakeTimeout))
 	ok, err := c.negotiate()
 	if err != nil {
-		c.log.Info("nbd: handshake failed", "error", err)
+		c.srv.failedHandshakes.log(c.log, "error", err)
 	}
 	if err != nil || !ok {
 		return
@@ -99,11 +99,11 @@ func (c *conn) run() {
 	case c.srv.draining.Load():
 		c.log.Debug("nbd: connection shut down")
 	case sent != nil:
-		c.log.Info("nbd: client took no more replies", "error", sent)
+		c.srv.untaken.log(c.log, "error", sent)
 	case errors.Is(err, io.EOF):
 		c.log.Debug("nbd: client hung up")
 	default:
-		c.log.Warn("nbd: connection ended", "error", err)
+		c.srv.brokenRules.log(c.log, "error", err)
 	}
 	c.hangUp(err != nil && sent == nil)
 }

@@ -3,6 +3,7 @@ package server
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 
 	"github.com/platter-disk/platter/block"
 	"github.com/platter-disk/platter/nbd"
@@ -27,8 +28,9 @@ type Export struct {
 
 type export struct {
 	Export
-	size   uint64 // bytes, when it was added
-	blocks nbd.BlockSizes
+	size     uint64 // bytes, when it was added
+	blocks   nbd.BlockSizes
+	failures *logLimit // of requests; an export's own, so that the trouble of one does not hide another's
 }
 
 // AddExport makes a device available. It can be called while the server runs. The device must stay open
@@ -51,7 +53,7 @@ func (s *Server) AddExport(e Export) error {
 	if e.MinBlock < 0 || e.PreferredBlock < 0 || e.PreferredBlock > s.cfg.MaxRequest {
 		return fmt.Errorf("nbd export %q: block sizes %d and %d, expected 1 to %d", e.Name, e.MinBlock, e.PreferredBlock, s.cfg.MaxRequest)
 	}
-	x := &export{Export: e}
+	x := &export{Export: e, failures: newLogLimit(s.cfg.Logger.With("export", e.Name), slog.LevelWarn, "nbd: request failed")}
 	x.blocks = nbd.BlockSizes{
 		Minimum:   uint32(e.MinBlock),
 		Preferred: uint32(e.PreferredBlock),

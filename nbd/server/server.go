@@ -25,6 +25,8 @@
 // flight for a connection and for the whole server, the connections, the handshake's duration and the size
 // of an option. A client that stops reading its replies, or stops in the middle of a request, holds no more
 // than its connection's share, and loses its connection when others have to wait for that (StallTimeout).
+// Nor can clients fill the log: of each kind of line that they can cause the first ones are written, and then a
+// count (loglimit.go).
 //
 // negotiate.go is the handshake, validate.go the one place that judges requests, transmit.go the reader,
 // worker.go and blockstatus.go the rest of the work.
@@ -57,7 +59,11 @@ type Config struct {
 	Logger *slog.Logger // default: slog.Default()
 
 	TLS       TLSMode
-	TLSConfig *tls.Config // with at least a certificate; ClientAuth and ClientCAs to verify clients. Required unless TLSOff.
+	TLSConfig *tls.Config // with at least a certificate; RequireClientCertificates makes it verify clients. Required unless TLSOff.
+
+	// OnIdle is called each time the last connection has ended, if a client has begun to use an export since the
+	// call before; one that only lists exports, or fails to connect, does not. It must not wait for Shutdown.
+	OnIdle func()
 
 	MaxRequest           int           // bytes of one read or write; 64 KiB to 1 GiB, default 32 MiB
 	MaxRequestsPerClient int           // requests in flight on a connection, default 256
@@ -147,7 +153,11 @@ type Server struct {
 	listeners map[net.Listener]struct{}
 	conns     map[*conn]struct{}
 	stats     Stats // of connections that ended
+	used      bool  // a connection that ended reached the transmission phase, and OnIdle was not called since
 	done      sync.WaitGroup
+
+	// What clients can cause.
+	refused, failedHandshakes, brokenRules, untaken *logLimit
 }
 
 // New returns a server without exports.
@@ -160,6 +170,11 @@ func New(cfg Config) (*Server, error) {
 		budget:    newBudget(int64(cfg.MaxRequests), cfg.MaxBytes),
 		listeners: map[net.Listener]struct{}{},
 		conns:     map[*conn]struct{}{},
+
+		refused:          newLogLimit(cfg.Logger, slog.LevelWarn, "nbd: connection refused, too many"),
+		failedHandshakes: newLogLimit(cfg.Logger, slog.LevelInfo, "nbd: handshake failed"),
+		brokenRules:      newLogLimit(cfg.Logger, slog.LevelWarn, "nbd: connection ended"),
+		untaken:          newLogLimit(cfg.Logger, slog.LevelInfo, "nbd: client took no more replies"),
 	}, nil
 }
 
@@ -216,7 +231,7 @@ func (s *Server) accept(nc net.Conn) {
 		s.stats.Refused++
 		s.mu.Unlock()
 		if refuse {
-			c.log.Warn("nbd: connection refused, too many", "limit", s.cfg.MaxConnections)
+			s.refused.log(c.log, "limit", s.cfg.MaxConnections)
 		}
 		nc.Close()
 		return
@@ -231,7 +246,15 @@ func (s *Server) accept(nc net.Conn) {
 		s.mu.Lock()
 		delete(s.conns, c)
 		c.counters.addTo(&s.stats)
+		s.used = s.used || c.ready.Load()
+		idle := s.used && len(s.conns) == 0
+		if idle {
+			s.used = false
+		}
 		s.mu.Unlock()
+		if idle && s.cfg.OnIdle != nil {
+			s.cfg.OnIdle()
+		}
 	}()
 }
 
@@ -253,6 +276,7 @@ func (s *Server) cutStalled() {
 // not begun with ESHUTDOWN, and closes it. When ctx ends first the connections are cut and ctx's error is
 // returned; requests may then still be running in the devices. A second call waits like the first.
 func (s *Server) Shutdown(ctx context.Context) error {
+	defer s.summarize()
 	s.mu.Lock()
 	s.draining.Store(true)
 	for l := range s.listeners {
@@ -280,4 +304,14 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	s.mu.Unlock()
 	s.budget.wake()
 	return ctx.Err()
+}
+
+// summarize logs how many lines have been left out of the log.
+func (s *Server) summarize() {
+	for _, l := range []*logLimit{s.refused, s.failedHandshakes, s.brokenRules, s.untaken} {
+		l.summarize()
+	}
+	for _, x := range s.list() {
+		x.failures.summarize()
+	}
 }

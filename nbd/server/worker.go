@@ -181,7 +181,7 @@ func (c *conn) deviceError(r *nbd.Request, err error) (nbd.Errno, string) {
 	case r.Flags&nbd.CmdFlagFastZero != 0 && errors.Is(err, errors.ErrUnsupported):
 		code = nbd.ENOTSUP // the client asked to be told
 	default:
-		c.log.Warn("nbd: request failed", "command", r.Command.String(), "offset", r.Offset, "length", r.Length, "error", err)
+		c.export.failures.log(c.log, "command", r.Command.String(), "offset", r.Offset, "length", r.Length, "error", err)
 	}
 	return code, strings.ToValidUTF8(err.Error(), "?")
 }

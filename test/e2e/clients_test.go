@@ -242,8 +242,8 @@ func TestActivation(t *testing.T) {
 	if err := cmd.Wait(); err != nil {
 		t.Errorf("serve ended with %v\n%s", err, &stderr)
 	}
-	if got := strings.TrimSpace(stdout.String()); got != uri {
-		t.Errorf("serve printed %q, want %q", got, uri)
+	if stdout.String() != "" || !strings.Contains(stderr.String(), uri) {
+		t.Errorf("serve printed %q and logged %q, want %s in the log alone", &stdout, &stderr, uri)
 	}
 	if _, err := os.Stat(socket); err != nil {
 		t.Errorf("the server removed a socket that is not its own: %v", err)
