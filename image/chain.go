@@ -95,7 +95,7 @@ func (c *chain) open(n *node, parent *node) (*opened, error) {
 	if n.share && !n.readOnly {
 		return nil, errors.New("force-share=on can only be used with read-only images")
 	}
-	c.layers = append(c.layers, Layer{Name: n.at.String(), ReadOnly: n.readOnly})
+	c.layers = append(c.layers, Layer{Name: n.at.String(), ReadOnly: n.readOnly, Offset: n.offset, Length: n.size})
 	c.devices = append(c.devices, nil)
 
 	f, err := c.openLocation(n.at, n.readOnly, n.share, n.direct)
@@ -173,7 +173,7 @@ func (c *chain) openRaw(n *node, f storage.File, layer int, probed bool) (block.
 	}
 	return raw.Open(f, raw.Options{
 		ReadOnly: n.readOnly, Discard: c.discard(n), Writethrough: c.o.Writethrough || n.writethrough,
-		ProbedGuard: probed && !n.readOnly, Offset: n.offset, Size: n.size,
+		ProbedGuard: probed && !n.readOnly, Offset: n.offset, Size: n.size, Interrupt: c.o.Interrupt,
 	})
 }
 
@@ -185,6 +185,7 @@ func (c *chain) openQcow2(n *node, f storage.File, layer int) (dev block.Device,
 	o := qcow2.Options{
 		ReadOnly: n.readOnly, Discard: c.discard(n), Writethrough: c.o.Writethrough || n.writethrough,
 		Discipline: c.discipline(n, layer), JournalDataChecksums: layer == 0 && c.o.JournalDataChecksums, L2CacheSize: c.o.L2CacheSize, RefcountCacheSize: c.o.RefcountCacheSize,
+		Interrupt: c.o.Interrupt,
 	}
 	if n.l2Cache != 0 {
 		o.L2CacheSize = n.l2Cache
@@ -232,17 +233,19 @@ func (c *chain) openBacking(n *node, stored backingReference, layer int) (block.
 	case below == nil:
 		var err error
 		if below, err = c.resolveBacking(n, stored, layer); err != nil {
-			return nil, qemuError("Could not open backing file of '%s': %w", printable(n.at.String()), err)
+			return nil, errBacking(err)
 		}
 	default:
 		c.layers[layer].FullBacking = below.at.String()
 	}
 	result, err := c.open(below, n)
 	if err != nil {
-		return nil, qemuError("Could not open backing file of '%s': %w", printable(n.at.String()), err)
+		return nil, errBacking(err)
 	}
 	return result.dev, nil
 }
+
+func errBacking(err error) error { return qemuError("Could not open backing file: %w", err) }
 
 // resolveBacking passes the reference that an image holds through the gate.
 func (c *chain) resolveBacking(n *node, stored backingReference, layer int) (*node, error) {

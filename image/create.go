@@ -32,20 +32,36 @@ type CreateOptions struct {
 	Gate gate.Gate
 }
 
+// UnfinishedError is wrapped by the error of a Create that left Name, which was there before or cannot be removed,
+// with neither its old contents nor an image.
+type UnfinishedError struct {
+	Name string // path or URI
+	Err  error
+}
+
+func (e *UnfinishedError) Error() string { return e.Err.Error() }
+
+// Unwrap returns the reason.
+func (e *UnfinishedError) Unwrap() error { return e.Err }
+
 // Create makes a new image called name, a local file or block device; an existing file is overwritten, unless
-// somebody has it open. After an error no file is left that was not there before. Errors about the file are of
-// type *NameError.
+// somebody has it open. An image in format qcow2 or raw may also be made in an NBD export that is large enough.
+//
+// After an error, that of ctx included when it ends, no file is left that was not there before, and one that was
+// there and lost its contents is told of by an *UnfinishedError. Errors about the file are of type *NameError.
 func Create(ctx context.Context, format, name string, o CreateOptions) error {
 	o, err := ResolveCreate(ctx, format, name, o)
 	if err != nil {
 		return err
 	}
-	at, err := createLocation(name)
+	at, err := parseLocation(name)
 	if err != nil {
 		return err
 	}
-	created := newFiles{}
-	defer created.removeUnlessKept()
+	if format == formatFVD && !at.local() {
+		return errNoCreation(at)
+	}
+	created := newFiles{ctx: ctx}
 	switch format {
 	case formatRaw:
 		err = createRaw(at, o, &created)
@@ -54,10 +70,17 @@ func Create(ctx context.Context, format, name string, o CreateOptions) error {
 	default:
 		err = createQcow2(at, o, &created)
 	}
-	if err == nil {
-		created.keep()
+	if err != nil {
+		return created.giveUp(err)
 	}
-	return err
+	return nil
+}
+
+// CreatedZero tells whether a disk that Create made under that name reads as zeros everywhere, as far as no backing
+// file shows through. Only a raw disk in storage of a fixed size does not: it is what that storage held before.
+func CreatedZero(format, name string) bool {
+	at, err := parseLocation(name)
+	return err == nil && (format != formatRaw || at.local() && !isDevice(at))
 }
 
 func createRaw(at *location, o CreateOptions, created *newFiles) error {
@@ -80,7 +103,7 @@ func writeQcow2(f storage.File, o CreateOptions, created *newFiles) error {
 	if o.DataFileName == "" {
 		return qcow2.Create(f, o.CreateOptions)
 	}
-	at, err := createLocation(o.DataFileName)
+	at, err := parseLocation(o.DataFileName)
 	if err != nil {
 		return fmt.Errorf("data file: %w", err)
 	}
@@ -105,7 +128,7 @@ func ResolveCreate(ctx context.Context, format, name string, o CreateOptions) (C
 			return o, qemuError("Backing file not supported for file format 'raw'")
 		}
 	default:
-		return o, qemuError("Unknown file format '%s': %w", printable(format), ErrUnsupportedFormat)
+		return o, errUnknownFormat("file format", format)
 	}
 	if o.BackingFile != "" {
 		if err := resolveCreateBacking(ctx, format, name, &o); err != nil {
@@ -120,17 +143,17 @@ func ResolveCreate(ctx context.Context, format, name string, o CreateOptions) (C
 
 // resolveCreateBacking learns the size of the backing file, and sees to it that it can be opened.
 func resolveCreateBacking(ctx context.Context, format, name string, o *CreateOptions) error {
-	at, err := createLocation(name)
+	at, err := parseLocation(name)
 	if err != nil {
 		return err
 	}
 	if o.BackingFormat != "" {
 		if err := checkFormat(o.BackingFormat); err != nil {
-			return err
+			return errCreateBacking(err)
 		}
 	}
 	below, ref, refErr := parseReference(gate.Backing, at, o.BackingFile, besideImage)
-	if refErr == nil && SameFile(at.path, ref.Name) {
+	if refErr == nil && SameFile(at.String(), ref.Name) {
 		return qemuError("Error: Trying to create an image with the same filename as the backing file")
 	}
 	noSize := o.Size <= 0
@@ -151,7 +174,7 @@ func resolveCreateBacking(ctx context.Context, format, name string, o *CreateOpt
 	c := &chain{ctx: ctx, o: Options{ReadOnly: true, Share: true, Gate: o.gate()}}
 	backing, err := c.open(below, nil)
 	if err != nil {
-		return qemuError("%w\nCould not open backing image.", err)
+		return errCreateBacking(err)
 	}
 	if err := o.sparesChain(at, c.layers); err != nil {
 		return errors.Join(err, backing.dev.Close())
@@ -172,16 +195,18 @@ func resolveCreateBacking(ctx context.Context, format, name string, o *CreateOpt
 	return nil
 }
 
+func errCreateBacking(err error) error { return qemuError("%w\nCould not open backing image.", err) }
+
 // sparesChain refuses to overwrite a file of the chain that the new image is to lie over.
 func (o *CreateOptions) sparesChain(at *location, chain []Layer) error {
-	made := []string{at.path}
-	if data, err := parseLocation(o.DataFileName); err == nil && data.local() {
-		made = append(made, data.path)
+	made := []string{at.String()}
+	if data, err := parseLocation(o.DataFileName); err == nil {
+		made = append(made, data.String())
 	}
-	for _, path := range made {
+	for _, name := range made {
 		for _, l := range chain {
-			if SameFile(path, l.Name) || l.DataFile != "" && SameFile(path, l.DataFile) {
-				return qemuError("Error: Trying to create '%s', which is a file of the backing chain", printable(path))
+			if SameFile(name, l.Name) || l.DataFile != "" && SameFile(name, l.DataFile) {
+				return qemuError("Error: Trying to create '%s', which is a file of the backing chain", printable(name))
 			}
 		}
 	}
@@ -198,8 +223,8 @@ func (o *CreateOptions) gate() gate.Gate {
 
 // LocalPath is the path of the local file that a name given to Create stands for; ok is false if it stands for none.
 func LocalPath(name string) (path string, ok bool) {
-	at, err := createLocation(name)
-	if err != nil {
+	at, err := parseLocation(name)
+	if err != nil || !at.local() {
 		return "", false
 	}
 	return at.path, true
@@ -215,36 +240,68 @@ func SameFile(a, b string) bool {
 	return errA == nil && errB == nil && os.SameFile(infoA, infoB)
 }
 
-// createLocation parses the name of a file to be created.
-func createLocation(name string) (*location, error) {
-	at, err := parseLocation(name)
-	if err == nil && !at.local() {
-		err = qemuError("Protocol driver '%s' does not support image creation, and opening the image failed: %w", at.protocol(), errors.ErrUnsupported)
-	}
-	return at, err
+// newFiles are the files that a Create has made so far.
+type newFiles struct {
+	ctx   context.Context
+	files []newFile
 }
 
-// newFiles are the files that a Create has made so far.
-type newFiles struct{ paths []string }
+type newFile struct {
+	at    *location
+	made  bool // it was not there
+	empty bool // it was there, and has lost what it held
+	*interruptible
+}
 
-// create opens the file at l emptied, and remembers it if it was not there.
+// create opens the file at l, emptied unless its size is fixed, and remembers whether it was there. The file fails
+// its requests once ctx has ended.
 func (n *newFiles) create(l *location, noCoW bool) (storage.File, error) {
-	_, err := os.Lstat(l.path)
-	absent := errors.Is(err, fs.ErrNotExist)
-	f, err := storage.Open(l.path, storage.OpenOptions{Create: true, Truncate: true, NoCoW: noCoW})
-	if err != nil {
-		return nil, fileError("create", l.path, err)
+	if err := n.ctx.Err(); err != nil {
+		return nil, err
 	}
-	if absent {
-		n.paths = append(n.paths, l.path)
+	created := newFile{at: l}
+	f, err := created.open(n.ctx, noCoW)
+	if err != nil {
+		return nil, err
+	}
+	created.interruptible = &interruptible{File: f, ctx: n.ctx}
+	n.files = append(n.files, created)
+	return created.interruptible, nil
+}
+
+func (n *newFile) open(ctx context.Context, noCoW bool) (storage.File, error) {
+	if !n.at.local() {
+		return dialNBD(ctx, n.at.uri, false)
+	}
+	path := n.at.path
+	_, err := os.Lstat(path)
+	n.made = errors.Is(err, fs.ErrNotExist)
+	if info, err := os.Stat(path); err == nil {
+		n.empty = info.Mode().IsRegular() && info.Size() > 0
+	}
+	f, err := storage.Open(path, storage.OpenOptions{Create: true, Truncate: true, NoCoW: noCoW})
+	if err != nil {
+		return nil, fileError("create", path, err)
 	}
 	return f, nil
 }
 
-func (n *newFiles) keep() { n.paths = nil }
-
-func (n *newFiles) removeUnlessKept() {
-	for _, path := range n.paths {
-		os.Remove(path)
+// giveUp removes what was made before err.
+func (n *newFiles) giveUp(err error) error {
+	for _, f := range n.files {
+		left := f.empty || f.changed.Load()
+		if f.made {
+			rerr := os.Remove(f.at.path)
+			left = rerr != nil && !errors.Is(rerr, fs.ErrNotExist)
+		}
+		if left {
+			err = &UnfinishedError{Name: f.at.String(), Err: err}
+		}
 	}
+	return err
+}
+
+// errNoCreation refuses to make an image where only existing ones can be opened.
+func errNoCreation(at *location) error {
+	return qemuError("Protocol driver '%s' does not support image creation: %w", at.protocol(), errors.ErrUnsupported)
 }

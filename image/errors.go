@@ -8,12 +8,14 @@ import (
 	"strings"
 	"syscall"
 	"unicode"
+
+	"github.com/platter-disk/platter/storage"
 )
 
 // NameError is an error of Open or Create together with the name that was asked for, in the words of
 // qemu-img, for example
 //
-//	Could not open 'top.qcow2': Could not open backing file of 'top.qcow2': Could not open 'base.raw': No such file or directory
+//	Could not open 'top.qcow2': Could not open backing file: Could not open 'base.raw': No such file or directory
 type NameError struct {
 	Verb string // "open", "create" or "check"
 	Name string
@@ -24,8 +26,15 @@ func (e *NameError) Error() string {
 	return fmt.Sprintf("Could not %s '%s': %v", e.Verb, printable(e.Name), e.Err)
 }
 
-// printable escapes a name that holds control characters: an image chooses it, and a terminal shows it.
+// maxShown is the most in bytes that an error repeats of a name.
+const maxShown = 1024
+
+// printable escapes a name that holds control characters, and cuts one that is too long to read: an image
+// chooses it, and a terminal shows it.
 func printable(name string) string {
+	if len(name) > maxShown {
+		name = strings.ToValidUTF8(name[:maxShown], "") + "…"
+	}
 	if strings.IndexFunc(name, func(r rune) bool { return !unicode.IsPrint(r) }) < 0 {
 		return name
 	}
@@ -46,8 +55,13 @@ func (e systemError) Error() string {
 
 func (e systemError) Unwrap() error { return e.err }
 
-// fileError says which file could not be opened, and why, without repeating its name.
+// fileError says which file could not be opened, and why, without repeating its name. An error about locks names
+// it already.
 func fileError(verb, path string, err error) error {
+	var lock *storage.LockError
+	if errors.As(err, &lock) {
+		return &storage.LockError{Path: printable(lock.Path), Permission: lock.Permission, Shared: lock.Shared}
+	}
 	var pathError *fs.PathError
 	if errors.As(err, &pathError) {
 		err = pathError.Err
@@ -56,6 +70,20 @@ func fileError(verb, path string, err error) error {
 		err = systemError{errno}
 	}
 	return &NameError{Verb: verb, Name: path, Err: err}
+}
+
+// wordedError is an error whose words are QEMU's alone, and which wraps one that says of what kind it is.
+type wordedError struct {
+	text string
+	kind error
+}
+
+func (e *wordedError) Error() string { return e.text }
+func (e *wordedError) Unwrap() error { return e.kind }
+
+// errUnknownFormat is about the name of a format; what is how QEMU calls it at that place.
+func errUnknownFormat(what, name string) error {
+	return &wordedError{fmt.Sprintf("Unknown %s '%s'", what, printable(name)), ErrUnsupportedFormat}
 }
 
 // qemuError is fmt.Errorf for messages in QEMU's words, which scripts know; they begin with a capital.

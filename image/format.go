@@ -34,7 +34,7 @@ func checkFormat(name string) error {
 			return nil
 		}
 	}
-	return qemuError("Unknown driver '%s': %w", printable(name), ErrUnsupportedFormat)
+	return errUnknownFormat("driver", name)
 }
 
 // probeSize is how many bytes from the start of a file decide its format.

@@ -45,7 +45,7 @@ func (c *chain) openFVD(n *node, f storage.File, layer int) (dev block.Device, e
 	}
 	o := fvd.Options{
 		ReadOnly: n.readOnly, Writethrough: c.o.Writethrough || n.writethrough, Journal: mode,
-		AllowDirty: layer == 0 && c.o.AllowDirty, GrowStorage: c.o.GrowStorage,
+		AllowDirty: layer == 0 && c.o.AllowDirty,
 	}
 	defer func() {
 		if err == nil {
@@ -63,6 +63,13 @@ func (c *chain) openFVD(n *node, f storage.File, layer int) (dev block.Device, e
 	}()
 	if err := c.openFVDData(n, h, layer, &o); err != nil {
 		return nil, err
+	}
+	if grow := c.o.GrowStorage; grow != nil {
+		full := n.at.String()
+		if data := c.layers[layer].DataFile; data != "" {
+			full = data
+		}
+		o.GrowStorage = func(need int64) error { return grow(full, need) }
 	}
 	ref := backingReference{h.BaseImage, h.BaseFormat}
 	c.layers[layer].BackingFile, c.layers[layer].BackingFormat = ref.file, ref.format
@@ -154,11 +161,13 @@ func checkFVD(ctx context.Context, name string, o Options, repair fvd.Repair) (r
 	if o.Gate == nil {
 		o.Gate = gate.SameDirectory{}
 	}
+	o.Wrap = func(f storage.File) storage.File { return &interruptible{File: f, ctx: ctx} }
 	c := &chain{ctx: ctx, o: o, layers: make([]Layer, 1)}
 	f, err := c.openLocation(n.at, n.readOnly, n.share, n.direct)
 	if err != nil {
 		return nil, err
 	}
+	f = o.Wrap(f)
 	defer func() { err = errors.Join(err, f.Close()) }()
 	h, err := fvd.ReadHeader(f)
 	if err != nil {
@@ -226,7 +235,7 @@ func createWithData(f storage.File, at *location, o CreateOptions, fo fvd.Create
 	}
 	place, _, err := parseReference(gate.DataFile, at, o.DataFileName, besideImage)
 	if err == nil && !place.at.local() {
-		err = qemuError("Protocol driver '%s' does not support image creation: %w", place.at.protocol(), errors.ErrUnsupported)
+		err = errNoCreation(place.at)
 	}
 	if err != nil {
 		return fmt.Errorf("data file: %w", err)

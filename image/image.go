@@ -72,9 +72,14 @@ type Options struct {
 
 	// AllowDirty opens an FVD image that has no journal and was not closed cleanly, at the operator's risk.
 	AllowDirty bool
-	// GrowStorage makes storage of an FVD image that cannot be resized (a volume) larger by at least need bytes.
+	// GrowStorage makes storage of an FVD image that cannot be resized (a volume) larger by at least need bytes; full
+	// is the path or URI of that storage: the image's, or that of its data file. It is asked for every layer.
 	// Nil: writes fail when it is full. The command that an image may name for this is never executed.
-	GrowStorage func(need int64) error
+	GrowStorage func(full string, need int64) error
+
+	// Interrupt is asked now and then while Resize lays out space in a qcow2 or raw image; the error that it returns
+	// ends that, and the disk keeps its size. Nil never does.
+	Interrupt func() error
 
 	// Wrap, unless nil, is put around the file and the external data file of the top layer before the format
 	// sees them: to count, record or fail what the format does.
@@ -103,6 +108,10 @@ type Layer struct {
 	BackingFormat string // as the image stores it; "" for none
 	FullBacking   string // what BackingFile stands for: path, URI or JSON; "" for none
 	DataFile      string // path or URI of the external data file in use; "" for none
+
+	// Offset and Length, in bytes, are the part of its file that the name of a raw disk restricts it to; both 0: all
+	// of it. Length 0: to the end.
+	Offset, Length int64
 }
 
 // Open opens the image called name, and everything below it. Errors are of type *NameError.

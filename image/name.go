@@ -216,7 +216,7 @@ func decodeNode(t *tree) (*node, error) {
 		return nil, err
 	}
 	if rest := t.leftover(); rest != "" {
-		return nil, qemuError("Block format '%s' does not support the option '%s'", driver, rest)
+		return nil, qemuError("Block format '%s' does not support the option '%s'", driver, printable(rest))
 	}
 	return n, nil
 }
@@ -258,7 +258,7 @@ func (n *node) decodeGeneric(t *tree) error {
 		err = errors.New("cache.no-flush=on would lose data and is not supported")
 	}
 	if rest := cache.leftover(); err == nil && rest != "" {
-		err = fmt.Errorf("option %q is not known", "cache."+rest)
+		err = fmt.Errorf("option %.100q is not known", "cache."+rest)
 	}
 	return err
 }
@@ -328,7 +328,7 @@ func decodeFile(t *tree) (*location, error) {
 		return nil, err
 	}
 	if driver != "" && !isProtocolDriver(driver) {
-		return nil, qemuError("Unknown driver '%s': a file is one of %s, %s and %s", driver, driverFile, driverDevice, driverNBD)
+		return nil, qemuError("Unknown driver '%s': a file is one of %s, %s and %s", printable(driver), driverFile, driverDevice, driverNBD)
 	}
 	var generic node // only its cache.direct counts: the rest is for the node above to say
 	if err := generic.decodeGeneric(t); err != nil {
@@ -352,7 +352,7 @@ func decodeLocation(t *tree, driver string) (l *location, err error) {
 		return nil, err
 	}
 	if rest := t.leftover(); rest != "" {
-		return nil, qemuError("Block protocol '%s' doesn't support the option '%s'", l.protocol(), rest)
+		return nil, qemuError("Block protocol '%s' doesn't support the option '%s'", l.protocol(), printable(rest))
 	}
 	return l, nil
 }

@@ -3,6 +3,7 @@ package image
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -300,4 +301,18 @@ func FuzzParseReference(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestLongNamesAreCut: an error shows enough of an absurd name to recognise it.
+func TestLongNamesAreCut(t *testing.T) {
+	long := strings.Repeat("x", 20000)
+	for _, name := range []string{
+		"json:{" + long, `json:{"driver":"` + long + `"}`, `json:{"driver":"raw","` + long + `":1,"file":{"filename":"disk"}}`,
+		`json:{"driver":"raw","read-only":"` + long + `","file":{"filename":"disk"}}`, "driver=" + long, "driver=raw," + long, long,
+	} {
+		_, err := Open(t.Context(), name, Options{ReadOnly: true})
+		if err == nil || len(err.Error()) > 4000 || !strings.HasPrefix(err.Error(), "Could not open '"+name[:100]) {
+			t.Errorf("%.30s…: an error of %d bytes: %.200s", name, len(fmt.Sprint(err)), err)
+		}
+	}
 }

@@ -75,7 +75,7 @@ func decodeNBD(t *tree) (*location, error) {
 		return nil, err
 	}
 	if rest := server.leftover(); rest != "" {
-		return nil, qemuError("Block protocol 'nbd' doesn't support the option 'server.%s'", rest)
+		return nil, qemuError("Block protocol 'nbd' doesn't support the option 'server.%s'", printable(rest))
 	}
 	kind, host, port, path, export := values[0], values[1], values[2], values[3], values[4]
 	switch {

@@ -38,19 +38,19 @@ func (t *tree) insert(name string, leaf *tree) error {
 	}
 	for i, part := range parts {
 		if part == "" {
-			return fmt.Errorf("option %q: a part of the name is empty", name)
+			return fmt.Errorf("option %.100q: a part of the name is empty", name)
 		}
 		child, exists := t.children[part]
 		last := i == len(parts)-1
 		switch {
 		case last && exists:
-			return fmt.Errorf("option %q is given twice", name)
+			return fmt.Errorf("option %.100q is given twice", name)
 		case last:
 			child = leaf
 		case !exists:
 			child = newTree()
 		case child.children == nil:
-			return fmt.Errorf("option %q: %q is both a value and a group", name, strings.Join(parts[:i+1], "."))
+			return fmt.Errorf("option %.100q: %.100q is both a value and a group", name, strings.Join(parts[:i+1], "."))
 		}
 		t.children[part] = child
 		t = child
@@ -83,7 +83,7 @@ func parseOptionString(s string) (*tree, error) {
 		}
 		key, value, found := strings.Cut(pair.String(), "=")
 		if !found {
-			return nil, fmt.Errorf("option %q: expected name=value", key)
+			return nil, fmt.Errorf("option %.100q: expected name=value", key)
 		}
 		if err := t.insert(key, &tree{value: value}); err != nil {
 			return nil, err
@@ -155,7 +155,7 @@ func parseObject(d *json.Decoder, t *tree, prefix string, depth int) error {
 			leaf.null = true
 		case json.Delim:
 			if v != '{' {
-				return fmt.Errorf("option %q is an array", name)
+				return fmt.Errorf("option %.100q is an array", name)
 			}
 			if err := parseObject(d, t, name+".", depth+1); err != nil {
 				return err
@@ -182,7 +182,7 @@ func (t *tree) take(key string) *tree {
 func (t *tree) takeGroup(key string) (*tree, error) {
 	child := t.take(key)
 	if child != nil && child.children == nil {
-		return nil, fmt.Errorf("option %q: found %s, expected an object", key, child)
+		return nil, fmt.Errorf("option %.100q: found %s, expected an object", key, child)
 	}
 	return child, nil
 }
@@ -195,7 +195,7 @@ func (t *tree) String() string {
 	case t.null:
 		return "null"
 	}
-	return strconv.Quote(t.value)
+	return fmt.Sprintf("%.100q", t.value)
 }
 
 // takeString removes a value; "" if there is none.
@@ -205,7 +205,7 @@ func (t *tree) takeString(key string) (string, error) {
 		return "", nil
 	}
 	if child.children != nil || child.null {
-		return "", fmt.Errorf("option %q: found %s, expected a string", key, child)
+		return "", fmt.Errorf("option %.100q: found %s, expected a string", key, child)
 	}
 	return child.value, nil
 }
@@ -225,7 +225,7 @@ func (t *tree) takeBool(key string, dst *bool) error {
 	case "off", "false", "no", "n":
 		*dst = false
 	default:
-		return qemuError("Parameter '%s' expects 'on' or 'off', found %q", key, s)
+		return qemuError("Parameter '%s' expects 'on' or 'off', found %.100q", key, s)
 	}
 	return nil
 }
@@ -237,7 +237,7 @@ func (t *tree) takeOneOf(key string, want ...string) (string, error) {
 	}
 	s, err := t.takeString(key)
 	if err == nil && !slices.Contains(want, s) {
-		err = fmt.Errorf("option %q: found %q, expected one of %s", key, s, strings.Join(want, ", "))
+		err = fmt.Errorf("option %.100q: found %.100q, expected one of %s", key, s, strings.Join(want, ", "))
 	}
 	return s, err
 }
@@ -253,7 +253,7 @@ func (t *tree) takeSize(key string, dst *int64) error {
 	}
 	n, ok := parseSize(s)
 	if !ok {
-		return qemuError("Parameter '%s' expects a non-negative number below 2^63 with an optional suffix k, M, G, T, P or E, found %q", key, s)
+		return qemuError("Parameter '%s' expects a non-negative number below 2^63 with an optional suffix k, M, G, T, P or E, found %.100q", key, s)
 	}
 	*dst = n
 	return nil

@@ -25,16 +25,13 @@ type LockError struct {
 	Shared     bool   // the other one uses Permission; otherwise it forbids it
 }
 
-// Error uses the words of QEMU, which scripts look for.
+// Error uses the words of QEMU, which scripts look for, on two lines as there.
 func (e *LockError) Error() string {
-	shared, holder := "", "another process forbids it"
+	shared := ""
 	if e.Shared {
-		shared, holder = "shared ", "another process has it open for "+e.Permission
-		if e.Permission == "write" {
-			holder = "another process has it open for writing"
-		}
+		shared = "shared "
 	}
-	return fmt.Sprintf("Failed to get %s%q lock on %s: %s (%v)", shared, e.Permission, e.Path, holder, ErrLocked)
+	return fmt.Sprintf("Failed to get %s%q lock\nIs another process using the image [%s]?", shared, e.Permission, e.Path)
 }
 
 // Unwrap makes errors.Is(err, ErrLocked) true.

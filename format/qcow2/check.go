@@ -50,6 +50,10 @@ type CheckOptions struct {
 
 	Repair Repair // what to repair; needs a writable file
 
+	// Interrupt is asked for every piece of a table that is read; the error that it returns ends the check. Nil never
+	// does. A repair that is interrupted leaves an image that is no worse than before.
+	Interrupt func() error
+
 	// DiscardJournal drops a pending metadata journal instead of replaying it, with RepairAll only: for a
 	// journal that cannot be read any more.
 	DiscardJournal bool
@@ -295,6 +299,14 @@ func (c *checker) readError(what string, err error) error {
 		return fmt.Errorf("%s: %w", c.f.Name(), err)
 	}
 	return fmt.Errorf("%s: read %s: %w", c.f.Name(), what, err)
+}
+
+// interrupted returns why the check is to end here, if it is.
+func (c *checker) interrupted() error {
+	if c.o.Interrupt == nil {
+		return nil
+	}
+	return c.o.Interrupt()
 }
 
 // countBitmaps counts the directory of persistent dirty bitmaps, their tables and their data.

@@ -44,6 +44,11 @@ func (c *checker) compareCounts() error {
 	end := max(hostCluster(c.clusters), c.counts.end)
 	pages := c.counts.keys()
 	for at := hostCluster(0); at < end; {
+		if at&(countPageSize-1) == 0 {
+			if err := c.interrupted(); err != nil {
+				return err
+			}
+		}
 		skip, err := c.nothingAt(at, end, pages)
 		if err != nil {
 			return err

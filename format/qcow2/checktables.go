@@ -22,6 +22,9 @@ func (c *checker) forEachChunk(what string, off hostOff, size int64, fn func(bas
 	buf := bufpool.Get(int(min(size, checkChunk)))
 	defer buf.Put()
 	for base := int64(0); base < size; base += int64(len(buf.B)) {
+		if err := c.interrupted(); err != nil {
+			return err
+		}
 		p := buf.B[:min(size-base, int64(len(buf.B)))]
 		if err := storage.ReadFull(c.f, p, int64(off)+base); err != nil {
 			return c.readError(what, err)

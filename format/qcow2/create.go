@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/bits"
+	"syscall"
 
 	"github.com/platter-disk/platter/block"
 	"github.com/platter-disk/platter/internal/bufpool"
@@ -248,13 +249,21 @@ func (c *creation) write(head []byte, dataFile storage.File) error {
 }
 
 // wipe empties the file; what has a fixed size (a block device) keeps its bytes. The header of an image that
-// it may hold goes first, durably: a crash must not leave the old header with the new tables.
+// it may hold goes first, durably: a crash must not leave the old header with the new tables. Before anything is
+// lost it turns out whether there is room.
 func (c *creation) wipe() error {
 	old, err := c.f.Size()
 	if err != nil {
 		return err
 	}
 	size := int64(c.g.offsetOf(c.end))
+	if 0 < old && old < size {
+		if err := c.f.Truncate(size); errors.Is(err, errors.ErrUnsupported) {
+			return fmt.Errorf("the image needs %d bytes, and there are %d: %w", size, old, syscall.ENOSPC)
+		} else if err != nil {
+			return err
+		}
+	}
 	if old > 0 {
 		var sector [storage.SectorSize]byte
 		if _, err := c.f.WriteAt(sector[:min(old, storage.SectorSize)], 0); err != nil {

@@ -54,7 +54,7 @@ func (c *checker) rebuild() error {
 
 // count counts all references again, without those of the tables that are about to be replaced.
 func (r *rebuilding) count() error {
-	c, err := newChecker(r.c.f, r.c.h, CheckOptions{Memory: r.c.o.Memory})
+	c, err := newChecker(r.c.f, r.c.h, CheckOptions{Memory: r.c.o.Memory, Interrupt: r.c.o.Interrupt})
 	if err != nil {
 		return err
 	}

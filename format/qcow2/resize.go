@@ -12,7 +12,8 @@ import (
 
 // Resize grows the disk; the new part reads as zeros. size is in bytes and a multiple of 512. The disk cannot
 // shrink. An image whose snapshots do not record a size of their own (version 2), or that has persistent
-// dirty bitmaps, cannot change its size. Requests for the old part of the disk may go on meanwhile.
+// dirty bitmaps, cannot change its size. Requests for the old part of the disk may go on meanwhile. A Resize that
+// fails, or is interrupted (Options.Interrupt), gives back what it has laid out; the disk keeps its size.
 func (im *Image) Resize(size int64, prealloc block.Preallocation) error {
 	im.resizing.Lock()
 	defer im.resizing.Unlock()
@@ -103,7 +104,23 @@ func (im *Image) prepareGrown(off guestOff, n int64, prealloc block.Preallocatio
 	if im.backing.get() != nil && !im.geo.extended {
 		return fmt.Errorf("%s: preallocation with a backing file needs extended L2 entries: %w", im.file.Name(), errors.ErrUnsupported)
 	}
-	return im.preallocate(off, n, prealloc)
+	if err := im.preallocate(off, n, prealloc); err != nil {
+		if im.failed() == nil {
+			err = errors.Join(err, im.unmapGrown(off, n))
+		}
+		return err
+	}
+	return nil
+}
+
+// unmapGrown gives back what was laid out of a range that is not going to appear after all.
+func (im *Image) unmapGrown(off guestOff, n int64) error {
+	mask := im.geo.clusterSize - 1
+	from, to := (int64(off)+mask)&^mask, (int64(off)+n+mask)&^mask
+	if from >= to || !im.canZero() || im.rawData() {
+		return nil
+	}
+	return im.zeroUnits(guestOff(from), to-from, zeroUnmap)
 }
 
 // zeroGrown makes a range past the end of the disk read as zeros.
@@ -125,6 +142,11 @@ func (im *Image) zeroGrown(off guestOff, n int64) error {
 func (im *Image) preallocate(off guestOff, n int64, how block.Preallocation) error {
 	end := off + guestOff(n)
 	for at := im.geo.clusterStart(off); at < end; {
+		if im.opts.Interrupt != nil {
+			if err := im.opts.Interrupt(); err != nil {
+				return err
+			}
+		}
 		step := min(int64(end-at), im.exclusiveRoom(at))
 		hold, err := im.lockClusters(at, step)
 		if err != nil {

@@ -50,6 +50,9 @@ type Options struct {
 	// would change that are refused.
 	ProbedGuard bool
 
+	// Interrupt is asked now and then while Resize preallocates; the error that it returns ends that. Nil never does.
+	Interrupt func() error
+
 	// Offset and Size, in bytes, restrict the disk to a part of the file. Size 0 is everything from Offset on.
 	// Such a disk cannot be resized.
 	Offset, Size int64
@@ -134,13 +137,36 @@ func (d *Device) ReadAt(p []byte, off int64) (int, error) {
 		}
 		p = p[:size-off]
 	}
-	if err := storage.ReadFull(d.f, p, off); err != nil {
-		return 0, err
+	n, err := d.f.ReadAt(p, off)
+	if err == io.EOF {
+		err = d.pastFile(p, n, off)
+	}
+	if err != nil {
+		return n, err
 	}
 	if len(p) < want {
 		return len(p), io.EOF
 	}
 	return want, nil
+}
+
+// pastFile completes a read of p at off that met the end of the file after n bytes. Only the rest of the last
+// sector lies past it; a file that ends earlier was cut off by somebody else, and what it held is no zeros.
+func (d *Device) pastFile(p []byte, n int, off int64) error {
+	length, err := d.f.Size()
+	if err != nil {
+		return err
+	}
+	end := off + int64(len(p))
+	if (length+sector-1)/sector*sector < end && d.size.Load() >= end { // of a smaller disk Resize has cut it off
+		return d.errCutOff("read", off, int64(len(p)), length)
+	}
+	clear(p[n:])
+	return nil
+}
+
+func (d *Device) errCutOff(op string, off, length, end int64) error {
+	return fmt.Errorf("%s of %d bytes at %d of %s: the file ends at %d, it was made smaller while it was open: %w", op, length, off, d.f.Name(), end, io.ErrUnexpectedEOF)
 }
 
 // TryReadAt implements block.Device.
@@ -151,8 +177,11 @@ func (d *Device) TryReadAt(p []byte, off int64) error {
 	if err := block.CheckRange("read", off, int64(len(p)), d.size.Load()); err != nil {
 		return err
 	}
-	err := storage.TryReadFull(d.f, p, off)
-	if err == storage.ErrWouldBlock {
+	n, err := d.f.TryReadAt(p, off)
+	switch err {
+	case io.EOF:
+		err = d.pastFile(p, n, off)
+	case storage.ErrWouldBlock:
 		err = block.ErrWouldBlock
 	}
 	return err
@@ -289,7 +318,11 @@ func (d *Device) Extents(off, length int64, fn func(block.Extent) bool) error {
 	if err := d.f.DataExtents(off, length, run); err != nil {
 		return err
 	}
-	if more && length > 0 { // past the end of the file
+	switch {
+	case !more || length == 0:
+	case length >= sector && d.size.Load() >= off+length:
+		return d.errCutOff("map", off, length, off)
+	default: // the rest of the last sector, past the end of the file
 		run(storage.Extent{Offset: off, Length: length})
 	}
 	return nil

@@ -20,7 +20,8 @@ type magic struct {
 }
 
 var magics = [...]magic{
-	{"qcow2", 0, "QFI\xfb"}, // version 1 is the older format qcow
+	{"qcow", 0, "QFI\xfb\x00\x00\x00\x01"}, // the older format has the same magic number
+	{"qcow2", 0, "QFI\xfb"},
 	{"fvd", 0, "FVD\x00"},
 	{"fvd", 0, "\x00DVF"},
 	{"fvd", 0, "\xa9\xf5\x43\x51"}, // its first published draft

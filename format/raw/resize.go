@@ -3,6 +3,7 @@ package raw
 import (
 	"errors"
 	"fmt"
+	"syscall"
 
 	"github.com/platter-disk/platter/block"
 	"github.com/platter-disk/platter/storage"
@@ -16,22 +17,22 @@ func Create(f storage.File, size int64, prealloc block.Preallocation) error {
 		return fmt.Errorf("create %s: %w", f.Name(), err)
 	}
 	if err := checkPreallocation(prealloc); err != nil {
-		return fmt.Errorf("create %s: %w", f.Name(), err)
+		return err
 	}
 	if err := f.Truncate(0); err != nil {
 		if errors.Is(err, errors.ErrUnsupported) {
-			return createInPlace(f, size, err)
+			return createInPlace(f, size)
 		}
 		return err
 	}
-	return grow(f, 0, size, prealloc)
+	return grow(f, 0, size, prealloc, nil)
 }
 
 // createInPlace accepts a container whose size is fixed if the disk fits.
-func createInPlace(f storage.File, size int64, fixed error) error {
+func createInPlace(f storage.File, size int64) error {
 	have, err := f.Size()
 	if err == nil && have < size {
-		err = fmt.Errorf("create a disk of %d bytes in %s, which has %d: %w", size, f.Name(), have, fixed)
+		err = fmt.Errorf("%s: the disk needs %d bytes, and there are %d: %w", f.Name(), size, have, syscall.ENOSPC)
 	}
 	return err
 }
@@ -41,18 +42,36 @@ func checkPreallocation(prealloc block.Preallocation) error {
 	case block.PreallocOff, block.PreallocFalloc, block.PreallocFull:
 		return nil
 	}
-	return fmt.Errorf("Unsupported preallocation mode: %v: %w", prealloc, errors.ErrUnsupported) //lint:ignore ST1005 QEMU's wording
+	return preallocationError(prealloc)
 }
 
-// grow extends f from old to size bytes; when that fails the file is cut back.
-func grow(f storage.File, old, size int64, prealloc block.Preallocation) error {
+// preallocationError says in QEMU's words that raw has no such preallocation. It wraps errors.ErrUnsupported.
+type preallocationError block.Preallocation
+
+func (e preallocationError) Error() string {
+	return "Unsupported preallocation mode: " + block.Preallocation(e).String()
+}
+
+func (preallocationError) Unwrap() error { return errors.ErrUnsupported }
+
+// growStep is the most in bytes that is allocated or written between two looks at the interrupt.
+const growStep = 64 << 20
+
+// grow extends f from old to size bytes; when that fails, or interrupt says so, the file is cut back.
+func grow(f storage.File, old, size int64, prealloc block.Preallocation, interrupt func() error) error {
 	err := f.Truncate(size)
-	if err == nil && size > old {
-		switch prealloc {
-		case block.PreallocFalloc:
-			err = f.Allocate(old, size-old)
-		case block.PreallocFull:
-			err = writeZeros(f, old, size-old)
+	if prealloc != block.PreallocOff {
+		lay := f.Allocate
+		if prealloc == block.PreallocFull {
+			lay = func(off, length int64) error { return writeZeros(f, off, length) }
+		}
+		for off := old; err == nil && off < size; off += growStep {
+			if interrupt != nil {
+				err = interrupt()
+			}
+			if err == nil {
+				err = lay(off, min(growStep, size-off))
+			}
 		}
 	}
 	if err != nil {
@@ -61,7 +80,8 @@ func grow(f storage.File, old, size int64, prealloc block.Preallocation) error {
 	return nil
 }
 
-// Resize implements block.Device. The file gets the size as it is; the disk is rounded up to a sector.
+// Resize implements block.Device. The file gets the size as it is; the disk is rounded up to a sector. While it
+// preallocates it can be interrupted (Options.Interrupt); the disk then keeps its size.
 func (d *Device) Resize(size int64, prealloc block.Preallocation) error {
 	d.changes.Lock()
 	defer d.changes.Unlock()
@@ -89,7 +109,7 @@ func (d *Device) Resize(size int64, prealloc block.Preallocation) error {
 			d.size.Store(before)
 		}
 	} else {
-		err = grow(d.f, length, size, prealloc)
+		err = grow(d.f, length, size, prealloc, d.o.Interrupt)
 	}
 	if err != nil {
 		return err

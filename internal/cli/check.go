@@ -109,7 +109,9 @@ type checking struct {
 }
 
 func (c *checking) run(f storage.File) error {
-	result, err := qcow2.Check(f, qcow2.CheckOptions{Repair: c.repair, DiscardJournal: c.discard, Report: c.finding})
+	result, err := qcow2.Check(f, qcow2.CheckOptions{
+		Repair: c.repair, DiscardJournal: c.discard, Report: c.finding, Interrupt: c.cmd.Context().Err,
+	})
 	if err != nil {
 		var failure *qcow2.CheckFailure
 		if errors.As(err, &failure) {

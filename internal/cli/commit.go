@@ -16,6 +16,7 @@ import (
 type commitFlags struct {
 	open     openFlags
 	progress progressFlags
+	grow     growFlag
 	cache    string
 	base     string
 	rate     string
@@ -45,6 +46,7 @@ backing file is flushed before anything is taken from the overlay.`,
 	}
 	f.open.register(cmd, "`FORMAT` of the overlay; guessed when not given")
 	f.progress.register(cmd.Flags())
+	f.grow.register(cmd.Flags())
 	fs := cmd.Flags()
 	fs.StringVarP(&f.base, "base", "b", "", "the `FILE` of the chain to write to (default: the backing file of\nFILENAME); implies -d")
 	fs.BoolVarP(&f.drop, "drop", "d", false, "do not empty the overlay")
@@ -80,7 +82,7 @@ func (f *commitFlags) run(cmd *cobra.Command, args []string) error {
 		}
 		job.Depth = depth
 	}
-	img, err := f.open.open(cmd.Context(), args[0], mode.apply(image.Options{Discard: true, WritableBacking: job.Depth}))
+	img, err := f.open.open(cmd.Context(), args[0], f.grow.apply(cmd.Context(), mode.apply(image.Options{Discard: true, WritableBacking: job.Depth})))
 	if err != nil {
 		return err
 	}
@@ -122,7 +124,9 @@ func (f *commitFlags) commit(cmd *cobra.Command, img *image.Image, job jobs.Comm
 	if base.Limits().ReadOnly {
 		return fmt.Errorf("'%s' is read-only", chain[job.Depth].Name)
 	}
-	if above, ok := img.LayerDevice(job.Depth - 1).(*fvd.Image); ok && base.Size() < img.Size() {
+	above, isFVD := img.LayerDevice(job.Depth - 1).(*fvd.Image)
+	grows := isFVD && base.Size() < img.Size()
+	if grows {
 		if err := above.ForgetBaseLength(); err != nil {
 			return err
 		}
@@ -132,6 +136,9 @@ func (f *commitFlags) commit(cmd *cobra.Command, img *image.Image, job jobs.Comm
 	err := jobs.Commit(cmd.Context(), img, base, job)
 	if m != nil {
 		m.end()
+	}
+	if err == nil && grows {
+		err = above.RecordBaseLength(base.Size())
 	}
 	if err != nil || f.drop || f.base != "" {
 		return err

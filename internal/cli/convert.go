@@ -24,6 +24,7 @@ const (
 type convertFlags struct {
 	open     openFlags
 	progress progressFlags
+	grow     growFlag
 	cache    string
 	srcCache string
 
@@ -78,6 +79,7 @@ func (f *convertFlags) register(cmd *cobra.Command) {
 	f.open.register(cmd, "`FORMAT` of the sources; guessed when not given")
 	f.open.registerShare(cmd.Flags())
 	f.progress.register(cmd.Flags())
+	f.grow.register(cmd.Flags())
 	fs := cmd.Flags()
 	fs.StringVarP(&f.outputFormat, "output-format", "O", "", "`FORMAT` of the target (default raw)")
 	completeWith(cmd, "output-format", image.Formats()...)
@@ -100,7 +102,7 @@ func (f *convertFlags) register(cmd *cobra.Command) {
 	completeWith(cmd, "cache", cacheNames...)
 	completeWith(cmd, "source-cache", cacheNames...)
 	fs.StringVarP(&f.snapshot, "snapshot", "l", "", "copy the `SNAPSHOT` with this id or name, or\nsnapshot.id=ID,snapshot.name=NAME, not the disk as it is now")
-	fs.BoolVar(&f.bitmaps, "bitmaps", false, "copy persistent bitmaps (refused: not supported yet)")
+	fs.BoolVar(&f.bitmaps, "bitmaps", false, "copy persistent bitmaps, if there are any (refused then: not supported yet)")
 	fs.BoolVar(&f.skipBitmaps, "skip-broken-bitmaps", false, "with --bitmaps: leave out broken ones")
 	for _, name := range []string{"bitmaps", "skip-broken-bitmaps"} {
 		hide(fs, name)
@@ -158,8 +160,6 @@ func (f *convertFlags) plan(cmd *cobra.Command, args []string) (*plan, error) {
 		return nil, fmt.Errorf("-o has no effect when skipping image creation")
 	case f.copyRange && f.sparse != "":
 		return nil, fmt.Errorf("Cannot enable copy offloading when -S is used")
-	case f.bitmaps:
-		return nil, fmt.Errorf("--bitmaps: copying persistent bitmaps is not supported yet")
 	}
 	if len(args) < 2 {
 		return nil, fmt.Errorf("Must specify image file name")
@@ -177,6 +177,9 @@ func (f *convertFlags) plan(cmd *cobra.Command, args []string) (*plan, error) {
 	}
 	if f.backing != "" && len(p.sources) > 1 {
 		return nil, fmt.Errorf("Having a backing file for the target makes no sense when concatenating multiple input images")
+	}
+	if f.bitmaps && len(p.sources) > 1 {
+		return nil, fmt.Errorf("Copying bitmaps only possible with single source")
 	}
 	var ok bool
 	if p.source, ok = parseCache(f.srcCache); !ok {
@@ -219,11 +222,14 @@ func (f *convertFlags) createValues() (*createValues, error) {
 	if err := values.setBacking(f.backing, f.backingFormat); err != nil {
 		return nil, err
 	}
+	preallocation := values.get("preallocation")
 	switch {
 	case values.get("backing_file") != "" && values.get("backing_fmt") == "":
 		return nil, fmt.Errorf("Use of backing file requires explicit backing format")
 	case f.compress && values.format != "qcow2":
 		return nil, fmt.Errorf("Compression not supported for this file format")
+	case f.compress && preallocation != "" && preallocation != block.PreallocOff.String():
+		return nil, fmt.Errorf("Compression and preallocation not supported at the same time")
 	}
 	return values, nil
 }
@@ -299,6 +305,11 @@ func (f *convertFlags) openSources(ctx context.Context, p *plan) (block.Device, 
 		}
 		imgs, devs, chains = append(imgs, img), append(devs, img), append(chains, img.Chain())
 	}
+	if f.bitmaps {
+		if err := sparesBitmaps(imgs[0]); err != nil {
+			return fail(err)
+		}
+	}
 	if p.snapshot != nil {
 		dev, err := p.snapshot.open(imgs[0])
 		if err != nil {
@@ -314,4 +325,20 @@ func (f *convertFlags) openSources(ctx context.Context, p *plan) (block.Device, 
 		return fail(err)
 	}
 	return joined, chains, nil
+}
+
+// sparesBitmaps refuses a source whose persistent bitmaps would have to be copied.
+func sparesBitmaps(img *image.Image) error {
+	switch {
+	case !keepsBitmaps(img):
+		return fmt.Errorf("Source lacks bitmap support")
+	case img.Qcow2().Header().Bitmaps != nil:
+		return fmt.Errorf("--bitmaps: copying the persistent bitmaps of '%s' is not supported yet", img.Name())
+	}
+	return nil
+}
+
+// keepsBitmaps tells whether the format of an image has persistent bitmaps.
+func keepsBitmaps(img *image.Image) bool {
+	return img.Qcow2() != nil && img.Qcow2().Header().Version >= 3
 }

@@ -68,6 +68,7 @@ unless you say otherwise.`,
 				say = io.Discard
 			}
 			if err := createImage(cmd.Context(), &open, values, name, unsafe, say); err != nil {
+				warnUnfinished(cmd, err)
 				return fmt.Errorf("%s: %w", name, withoutName(err, name))
 			}
 			return nil

@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/platter-disk/platter/format/qcow2"
+	"github.com/platter-disk/platter/image"
 )
 
 // Exit statuses, as of qemu-img.
@@ -151,6 +152,14 @@ type textError struct {
 
 func (e *textError) Error() string { return e.text }
 func (e *textError) Unwrap() error { return e.err }
+
+// warnUnfinished announces the files that a creation which ended with err left with neither what they held nor an
+// image.
+func warnUnfinished(cmd *cobra.Command, err error) {
+	for left := (*image.UnfinishedError)(nil); errors.As(err, &left); err = left.Err {
+		warn(cmd, "'%s' holds an unfinished image", left.Name)
+	}
+}
 
 // warn prints a warning as qemu-img does.
 func warn(cmd *cobra.Command, format string, args ...any) {

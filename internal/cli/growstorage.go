@@ -18,18 +18,18 @@ import (
 type growFlag struct{ program string }
 
 func (f *growFlag) register(fs *pflag.FlagSet) {
-	fs.StringVar(&f.program, "grow-storage", "", "run `PROGRAM` BYTES IMAGE when the volume that holds an fvd image is full:\nit makes it larger by at least that many bytes")
+	fs.StringVar(&f.program, "grow-storage", "", "run `PROGRAM` BYTES FILE when FILE, the volume that holds the data of an fvd\nimage, is full: it makes it larger by at least that many bytes")
 }
 
-// apply sets what of the flag concerns opening the image called name.
-func (f *growFlag) apply(ctx context.Context, o image.Options, name string) image.Options {
+// apply sets what of the flag concerns opening images.
+func (f *growFlag) apply(ctx context.Context, o image.Options) image.Options {
 	if f.program == "" {
 		return o
 	}
-	o.GrowStorage = func(need int64) error {
-		out, err := exec.CommandContext(ctx, f.program, strconv.FormatInt(need, 10), name).CombinedOutput()
+	o.GrowStorage = func(full string, need int64) error {
+		out, err := exec.CommandContext(ctx, f.program, strconv.FormatInt(need, 10), full).CombinedOutput()
 		if err != nil {
-			return fmt.Errorf("growing the storage of '%s' by %d bytes: %s: %w: %s", name, need, f.program, err, strings.TrimSpace(string(out)))
+			return fmt.Errorf("growing '%s' by %d bytes: %s: %w: %s", full, need, f.program, err, strings.TrimSpace(string(out)))
 		}
 		return nil
 	}

@@ -21,18 +21,18 @@ func TestGrowStorage(t *testing.T) {
 	}
 	write(`echo "$@" > "$0.log"`)
 	flag := growFlag{program: program}
-	grow := flag.apply(t.Context(), image.Options{}, "/dev/vg/disk").GrowStorage
-	if err := grow(1048576); err != nil {
+	grow := flag.apply(t.Context(), image.Options{}).GrowStorage
+	if err := grow("/dev/vg/disk", 1048576); err != nil {
 		t.Fatal(err)
 	}
 	if log, err := os.ReadFile(program + ".log"); err != nil || string(log) != "1048576 /dev/vg/disk\n" {
 		t.Errorf("the program was run with %q, %v", log, err)
 	}
 	write("echo no room left in the group >&2; exit 5")
-	if err := grow(1); err == nil || !strings.Contains(err.Error(), "no room left in the group") || !strings.Contains(err.Error(), "exit status 5") {
+	if err := grow("/dev/vg/disk", 1); err == nil || !strings.Contains(err.Error(), "no room left in the group") || !strings.Contains(err.Error(), "exit status 5") {
 		t.Errorf("the error of a program that fails: %v", err)
 	}
-	if (&growFlag{}).apply(t.Context(), image.Options{}, "x").GrowStorage != nil {
+	if (&growFlag{}).apply(t.Context(), image.Options{}).GrowStorage != nil {
 		t.Error("without the flag something would be run")
 	}
 }

@@ -144,8 +144,9 @@ func readInfo(ctx context.Context, open *openFlags, name string) (*imageInfo, er
 		return nil, err
 	}
 	defer img.Close()
-	path := img.Chain()[0].Name
-	info := &imageInfo{Filename: path, Format: format, VirtualSize: img.Size(), ActualSize: diskUsage(path)}
+	top := img.Chain()[0]
+	path := top.Name
+	info := &imageInfo{Filename: shownName(top), Format: format, VirtualSize: img.Size(), ActualSize: diskUsage(path)}
 	switch {
 	case format == "qcow2":
 		err = info.addQcow2(img.File(), path)
@@ -158,6 +159,24 @@ func readInfo(ctx context.Context, open *openFlags, name string) (*imageInfo, er
 		return nil, fmt.Errorf("Could not open '%s': %w", name, err)
 	}
 	return info, nil
+}
+
+// shownName is the name that an image is opened by: its file's, unless it is only a part of that.
+func shownName(l image.Layer) string {
+	if l.Offset == 0 && l.Length == 0 {
+		return l.Name
+	}
+	part := map[string]any{"driver": l.Format, "offset": l.Offset, "file": map[string]string{"filename": l.Name}}
+	if l.Length != 0 {
+		part["size"] = l.Length
+	}
+	var b strings.Builder
+	enc := json.NewEncoder(&b)
+	enc.SetEscapeHTML(false)
+	if err := enc.Encode(part); err != nil { // there is nothing in it that JSON has not
+		return l.Name
+	}
+	return "json:" + strings.TrimSuffix(b.String(), "\n")
 }
 
 // addQcow2 adds what a qcow2 image tells of itself.

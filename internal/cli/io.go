@@ -59,7 +59,7 @@ after it are carried out nevertheless.`,
 				return usagef(cmd, "--discard must be used with unmap or ignore as argument")
 			}
 			o := metadata.apply(image.Options{ReadOnly: readOnly, Discard: discard == "unmap"})
-			img, err := open.open(cmd.Context(), args[0], mode.apply(grow.apply(cmd.Context(), o, args[0])))
+			img, err := open.open(cmd.Context(), args[0], mode.apply(grow.apply(cmd.Context(), o)))
 			if err != nil {
 				return err
 			}

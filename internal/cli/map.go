@@ -2,6 +2,7 @@ package cli
 
 import (
 	"bufio"
+	"context"
 	"fmt"
 	"io"
 	"math"
@@ -62,7 +63,7 @@ file that the line names. The JSON form lists all of the disk:
 			}
 			defer img.Close()
 			out := bufio.NewWriter(cmd.OutOrStdout())
-			err = printMap(out, img, from, most, output.json())
+			err = printMap(cmd.Context(), out, img, from, most, output.json())
 			if ferr := out.Flush(); err == nil {
 				err = ferr
 			}
@@ -78,13 +79,16 @@ file that the line names. The JSON form lists all of the disk:
 }
 
 // printMap prints the runs of img in [from, from+most), merged where nothing printed tells them apart.
-func printMap(out io.Writer, img *image.Image, from, most int64, asJSON bool) error {
+func printMap(ctx context.Context, out io.Writer, img *image.Image, from, most int64, asJSON bool) error {
 	p := mapPrinter{out: out, files: dataFiles(img), json: asJSON}
 	p.begin()
 	pending := block.Extent{Offset: from, HostOffset: -1}
 	from = min(from, img.Size())
 	var failed error
 	err := img.Extents(from, min(img.Size()-from, most), func(e block.Extent) bool {
+		if failed = ctx.Err(); failed != nil {
+			return false
+		}
 		if continues(pending, e) {
 			pending.Length += e.Length
 			return true

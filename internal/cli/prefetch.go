@@ -31,6 +31,7 @@ type prefetchCommandFlags struct {
 	open     openFlags
 	output   outputFlag
 	progress progressFlags
+	grow     growFlag
 	control  string
 	export   string
 	options  []string
@@ -64,6 +65,7 @@ is, or has it pause, resume, or waits until it is done.`,
 	f.output.register(cmd)
 	fs := cmd.Flags()
 	f.progress.register(fs)
+	f.grow.register(fs)
 	fs.StringVar(&f.control, "control", "", "ask the server with the control socket at `PATH`")
 	fs.StringVar(&f.export, "export", "", "ask about the export `NAME` only")
 	fs.StringArrayVarP(&f.options, "options", "o", nil, "`OPTIONS` for copying at once, NAME=VALUE,… of those below; what the\nimage says is for servers and does not count, throttle and retry\nare 0 unless given:\n  "+prefetchHelp("  "))
@@ -96,7 +98,7 @@ func (f *prefetchCommandFlags) run(cmd *cobra.Command, args []string) error {
 
 // openOverlay opens an image whose base image is to be copied. over is nil if there is nothing to copy.
 func (f *prefetchCommandFlags) openOverlay(cmd *cobra.Command, name string, readOnly bool) (*image.Image, *overlay, error) {
-	img, err := f.open.open(cmd.Context(), name, image.Options{ReadOnly: readOnly})
+	img, err := f.open.open(cmd.Context(), name, f.grow.apply(cmd.Context(), image.Options{ReadOnly: readOnly}))
 	if err != nil {
 		if errors.Is(err, storage.ErrLocked) {
 			err = fmt.Errorf("%w\nA server that has it can be asked with --control", err)

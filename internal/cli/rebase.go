@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 
 	"github.com/spf13/cobra"
 
@@ -18,11 +19,14 @@ import (
 type rebaseFlags struct {
 	open     openFlags
 	progress progressFlags
+	grow     growFlag
 	cache    string
 	srcCache string
 	base     string
 	format   string
 	unsafe   bool
+
+	baseLength int64 // bytes of the new backing file; 0: nobody looked
 }
 
 func newRebaseCommand() *cobra.Command {
@@ -51,6 +55,7 @@ covers: a new one must not be shorter, and an image made without one cannot get 
 	}
 	f.open.register(cmd, "`FORMAT` of the overlay; guessed when not given")
 	f.progress.register(cmd.Flags())
+	f.grow.register(cmd.Flags())
 	fs := cmd.Flags()
 	fs.StringVarP(&f.base, "backing", "b", "", "the new backing `FILE`, as seen from the directory of FILENAME;\n\"\" for none")
 	fs.StringVarP(&f.format, "backing-format", "F", "", "`FORMAT` of the new backing file")
@@ -90,7 +95,7 @@ func (f *rebaseFlags) run(cmd *cobra.Command, args []string) error {
 	if f.unsafe {
 		return f.changeReference(cmd.Context(), args[0], mode)
 	}
-	img, err := f.open.open(cmd.Context(), args[0], mode.apply(image.Options{Discard: true}))
+	img, err := f.open.open(cmd.Context(), args[0], f.grow.apply(cmd.Context(), mode.apply(image.Options{Discard: true})))
 	if err != nil {
 		return err
 	}
@@ -119,7 +124,7 @@ func (f *rebaseFlags) rebase(cmd *cobra.Command, img *image.Image, source cacheM
 			return fmt.Errorf("Could not open new backing file '%s': %w", f.base, err)
 		}
 		defer func() { err = errors.Join(err, below.Close()) }()
-		newBase, job.SameDepth = below, f.commonDepth(img, below)
+		newBase, job.SameDepth, f.baseLength = below, f.commonDepth(img, below), below.Size()
 	}
 	m := f.progress.meter(cmd, "rebase")
 	job.Progress = updater(m)
@@ -245,7 +250,8 @@ func (f *rebaseFlags) amend(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	err = fvd.Amend(file.File(), []fvd.Setting{{Name: "base_img", Value: f.base}, {Name: "base_img_fmt", Value: f.format}})
+	err = fvd.Amend(file.File(), []fvd.Setting{{Name: "base_img", Value: f.base}, {Name: "base_img_fmt", Value: f.format},
+		{Name: "base_length", Value: strconv.FormatInt(f.baseLength, 10)}})
 	return errors.Join(f.changed(name, err), file.Close())
 }
 

@@ -14,6 +14,7 @@ import (
 func newResizeCommand() *cobra.Command {
 	var (
 		open     openFlags
+		grow     growFlag
 		prealloc string
 		quiet    bool
 		shrink   bool
@@ -49,7 +50,8 @@ smaller first, inside the guest.`,
 			if err != nil {
 				return err
 			}
-			img, err := open.open(cmd.Context(), args[0], image.Options{})
+			ctx := cmd.Context()
+			img, err := open.open(ctx, args[0], grow.apply(ctx, image.Options{Discard: true, Interrupt: ctx.Err}))
 			if err != nil {
 				return err
 			}
@@ -65,6 +67,7 @@ smaller first, inside the guest.`,
 	}
 	open.register(cmd, "`FORMAT` of the image; guessed when not given")
 	fs := cmd.Flags()
+	grow.register(fs)
 	fs.StringVar(&prealloc, "preallocation", "off", "`HOW` to lay out the new part: off, metadata, falloc or full")
 	completeWith(cmd, "preallocation", "off", "metadata", "falloc", "full")
 	fs.BoolVar(&shrink, "shrink", false, "allow the disk to become smaller; what lies past the new end is lost")

@@ -22,7 +22,7 @@ type target struct {
 	img   *image.Image
 
 	created []string // files that were not there before, to be removed when the copy fails
-	touched bool     // a file that was there before no longer holds what it did
+	touched []string // files that were there before and no longer hold what they did
 }
 
 // prepare creates the target, unless it exists, and opens it. size is that of the source in bytes, sources are the
@@ -43,7 +43,7 @@ func (t *target) prepare(ctx context.Context, size int64, sources []image.Layer)
 			return fmt.Errorf("%s: error while converting %s: %w", p.destination, p.create.format, withoutName(err, p.destination))
 		}
 	}
-	img, err := opened.open(ctx, p.destination, p.target.apply(image.Options{}))
+	img, err := opened.open(ctx, p.destination, f.grow.apply(ctx, p.target.apply(image.Options{})))
 	if errors.Is(err, storage.ErrLocked) {
 		t.created = nil // somebody else uses what is there now
 	}
@@ -62,8 +62,12 @@ func (t *target) prepare(ctx context.Context, size int64, sources []image.Layer)
 		return fmt.Errorf("Compression not supported for this file format")
 	case f.targetIsZero && len(img.Chain()) > 1:
 		return fmt.Errorf("Cannot use --target-is-zero when the destination image has a backing file")
+	case f.bitmaps && !keepsBitmaps(img):
+		return fmt.Errorf("Format driver '%s' does not support bitmaps", img.Format())
 	}
-	t.touched = t.touched || p.create == nil
+	if p.create == nil {
+		t.touched = []string{p.destination}
+	}
 	return nil
 }
 
@@ -94,18 +98,22 @@ func (t *target) create(ctx context.Context, size int64) error {
 		}
 		names = append(names, data)
 	}
+	var existing []string
 	for _, name := range names {
-		if path, ok := image.LocalPath(name); ok {
-			if _, err := os.Lstat(path); errors.Is(err, os.ErrNotExist) {
-				t.created = append(t.created, path)
-			}
+		path, local := image.LocalPath(name)
+		if _, err := os.Lstat(path); local && errors.Is(err, os.ErrNotExist) {
+			t.created = append(t.created, path)
+		} else {
+			existing = append(existing, name)
 		}
 	}
 	err := createImage(ctx, &t.flags.open, p.create, p.destination, false, io.Discard)
 	if errors.Is(err, storage.ErrLocked) {
 		t.created = nil // somebody else made it in the meantime
 	}
-	t.touched = err == nil && len(t.created) == 0
+	if err == nil {
+		t.touched = existing
+	}
 	return err
 }
 
@@ -114,9 +122,13 @@ func (t *target) describe(o *jobs.ConvertOptions, chains [][]image.Layer) {
 	layers := t.img.Chain()
 	o.TargetIsZero = t.flags.targetIsZero
 	overlay := t.flags.backing != ""
-	if t.plan.create != nil && len(layers) > 1 {
+	switch {
+	case t.plan.create == nil:
+	case len(layers) > 1:
 		overlay = true
 		o.TargetBackingSize = layers[1].Size
+	default: // whether or not it is preallocated
+		o.TargetIsZero = image.CreatedZero(t.img.Format(), t.plan.destination)
 	}
 	if !overlay || len(layers) < 2 || len(chains) > 1 || len(chains[0]) < 2 {
 		return
@@ -148,8 +160,9 @@ func (t *target) finish(err error) error {
 			warn(t.cmd, "'%s' holds an unfinished copy and cannot be removed: %v", name, rerr)
 		}
 	}
-	if t.touched {
-		warn(t.cmd, "'%s' holds an unfinished copy", t.plan.destination)
+	warnUnfinished(t.cmd, err)
+	for _, name := range t.touched {
+		warn(t.cmd, "'%s' holds an unfinished copy", name)
 	}
 	return err
 }
