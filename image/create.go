@@ -176,7 +176,7 @@ func resolveCreateBacking(ctx context.Context, format, name string, o *CreateOpt
 	if err != nil {
 		return errCreateBacking(err)
 	}
-	if err := o.sparesChain(at, c.layers); err != nil {
+	if err := o.sparesChain(format, at, c.layers); err != nil {
 		return errors.Join(err, backing.dev.Close())
 	}
 	o.BackingSize = backing.dev.Size()
@@ -198,9 +198,9 @@ func resolveCreateBacking(ctx context.Context, format, name string, o *CreateOpt
 func errCreateBacking(err error) error { return qemuError("%w\nCould not open backing image.", err) }
 
 // sparesChain refuses to overwrite a file of the chain that the new image is to lie over.
-func (o *CreateOptions) sparesChain(at *location, chain []Layer) error {
+func (o *CreateOptions) sparesChain(format string, at *location, chain []Layer) error {
 	made := []string{at.String()}
-	if data, err := parseLocation(o.DataFileName); err == nil {
+	if data, err := o.dataLocation(format, at); err == nil {
 		made = append(made, data.String())
 	}
 	for _, name := range made {
@@ -211,6 +211,19 @@ func (o *CreateOptions) sparesChain(at *location, chain []Layer) error {
 		}
 	}
 	return nil
+}
+
+// dataLocation is where the data file of an image at at is made: FVD looks for it beside the image; qemu-img makes
+// that of qcow2 where the name leads from the working directory.
+func (o *CreateOptions) dataLocation(format string, at *location) (*location, error) {
+	if format != formatFVD {
+		return parseLocation(o.DataFileName)
+	}
+	n, _, err := parseReference(gate.DataFile, at, o.DataFileName, besideImage)
+	if err != nil {
+		return nil, err
+	}
+	return n.at, nil
 }
 
 // gate is what decides about references.

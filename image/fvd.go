@@ -233,9 +233,9 @@ func createWithData(f storage.File, at *location, o CreateOptions, fo fvd.Create
 	if fo.DataFormat == "" {
 		fo.DataFormat = formatRaw // recorded, for the guest decides what the file looks like
 	}
-	place, _, err := parseReference(gate.DataFile, at, o.DataFileName, besideImage)
-	if err == nil && !place.at.local() {
-		err = errNoCreation(place.at)
+	place, err := o.dataLocation(formatFVD, at)
+	if err == nil && !place.local() {
+		err = errNoCreation(place)
 	}
 	if err != nil {
 		return fmt.Errorf("data file: %w", err)
@@ -245,7 +245,7 @@ func createWithData(f storage.File, at *location, o CreateOptions, fo fvd.Create
 	default:
 		return fmt.Errorf("data file: option data_file_fmt is %q, want %s or %s", fo.DataFormat, formatRaw, formatQcow2)
 	}
-	data, err := created.create(place.at, o.NoCoW)
+	data, err := created.create(place, o.NoCoW)
 	if err != nil {
 		return fmt.Errorf("data file: %w", err)
 	}

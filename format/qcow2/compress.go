@@ -227,8 +227,9 @@ func (a *allocator) place(n int64) (placement, error) {
 	return p, nil
 }
 
-// placed ends what place began: with the stream linked (its counts are the update's business), or abandoned.
-func (a *allocator) placed(p placement, linked bool) {
+// placed ends what place began: with the stream linked (its counts are the update's business), or abandoned. It
+// fails only for what was abandoned.
+func (a *allocator) placed(p placement, linked bool) error {
 	if p.shared != 0 {
 		if a.packer.streams[p.shared]--; a.packer.streams[p.shared] == 0 {
 			delete(a.packer.streams, p.shared)
@@ -236,8 +237,26 @@ func (a *allocator) placed(p placement, linked bool) {
 	}
 	if !linked && p.own.n > 0 {
 		a.packer.next = 0
-		a.giveBack(p.own)
+		return a.abandon(p.own)
 	}
+	return nil
+}
+
+// abandon gives up a cluster whose first stream was not stored. Streams that were placed behind it meanwhile keep the
+// cluster, without the count that it was raised by; they are only placed where there is a count.
+func (a *allocator) abandon(own freeRun) error {
+	v, err := a.refs.get(own.start)
+	if err != nil {
+		return err // what others may refer to must not be used again
+	}
+	if !own.raised || v == 1 && !a.packer.pending(own.start) {
+		a.giveBack(own)
+		return nil
+	}
+	if v == 1 {
+		a.busy[own.start] = struct{}{} // until the first of them is linked
+	}
+	return a.refs.set(own.start, v-1)
 }
 
 // WriteCompressed stores one cluster compressed, or plain if that makes it no smaller.
@@ -300,7 +319,7 @@ func (im *Image) linkCompressed(stream []byte, off guestOff) error {
 	}
 	err = im.linkPlaced(stream, off, old, place)
 	im.mu.Lock()
-	im.alloc.placed(place, err == nil)
+	err = errors.Join(err, im.alloc.placed(place, err == nil))
 	im.mu.Unlock()
 	return err
 }

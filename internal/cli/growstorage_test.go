@@ -7,8 +7,10 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/platter-disk/platter/image"
+	"github.com/platter-disk/platter/nbd"
 )
 
 // The program is run with what is asked for, and its own words are part of the error when it fails.
@@ -35,4 +37,45 @@ func TestGrowStorage(t *testing.T) {
 	if (&growFlag{}).apply(t.Context(), image.Options{}).GrowStorage != nil {
 		t.Error("without the flag something would be run")
 	}
+}
+
+// TestServeEndsWhileStorageGrows: a server that is told to end lets the program finish that a request waits for. To
+// kill it half-way might harm the volume.
+func TestServeEndsWhileStorageGrows(t *testing.T) {
+	dir := t.TempDir()
+	file := func(name string) string { return filepath.Join(dir, name) }
+	mustRun(t, dir, "create", "-q", "-f", "fvd", "-o", "compact_image=on,storage_grow_unit=1M", "disk.fvd", "64M")
+	if err := os.WriteFile(file("grow"), []byte("#!/bin/sh\n"+`cd "${0%/*}"; touch began; while ! [ -e enough ]; do sleep 0.01; done; touch ended`), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	// An export does not become larger.
+	below := startServe(t, "--format", "raw", "--socket", file("below"), file("disk.fvd"))
+	r := startServe(t, "--grow-storage", file("grow"), "--socket", file("s"), below.uri)
+	c := dial(t, r.uri, nbd.ClientOptions{})
+	written := make(chan error, 1)
+	go func() {
+		_, err := c.WriteAt(make([]byte, 32<<20), 0)
+		written <- err
+	}()
+	wait := func(name string) {
+		for until := time.Now().Add(20 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+			if _, err := os.Stat(file(name)); err == nil {
+				return
+			} else if time.Now().After(until) {
+				t.Fatalf("%s: %v", name, err)
+			}
+		}
+	}
+	wait("began")
+	r.cancel()
+	time.Sleep(50 * time.Millisecond) // in which the program would be killed
+	if err := os.WriteFile(file("enough"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	wait("ended")
+	<-written // it may fail: the export is as small as before
+	if status := <-r.done; status != 0 {
+		t.Errorf("exit status %d, %s", status, r.said())
+	}
+	below.end(t)
 }

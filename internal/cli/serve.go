@@ -293,7 +293,8 @@ func (f *serveFlags) openImages(ctx context.Context, cmd *cobra.Command, names [
 		if err := f.createMissing(ctx, cmd, name); err != nil {
 			return exports, err
 		}
-		img, err := f.open.open(ctx, name, f.grow.apply(ctx, o))
+		// A request that has begun is finished when the server is told to end, its storage made larger if need be.
+		img, err := f.open.open(ctx, name, f.grow.apply(context.WithoutCancel(ctx), o))
 		if err != nil {
 			return exports, err
 		}
@@ -314,15 +315,18 @@ func (f *serveFlags) openImages(ctx context.Context, cmd *cobra.Command, names [
 
 // createMissing makes the disk that --create asks for, unless it exists.
 func (f *serveFlags) createMissing(ctx context.Context, cmd *cobra.Command, name string) error {
-	if f.create == "" || f.open.imageOpts || nbd.IsURI(name) {
+	path, local := image.LocalPath(name)
+	if f.create == "" || f.open.imageOpts || hasOptions(name) || !local {
 		return nil
 	}
 	size, err := sizeArgument("image size", f.create)
 	if err != nil {
 		return err
 	}
-	if _, err := os.Lstat(name); !errors.Is(err, fs.ErrNotExist) {
-		return nil // it exists, or opening it will say what is wrong
+	for _, existing := range []string{name, path} { // a file may be called what looks like a prefix
+		if _, err := os.Lstat(existing); !errors.Is(err, fs.ErrNotExist) {
+			return nil // it exists, or opening it will say what is wrong
+		}
 	}
 	format := f.open.format
 	if format == "" {

@@ -404,3 +404,42 @@ func TestServeTakesOver(t *testing.T) {
 	dial(t, r.uri, nbd.ClientOptions{ReadOnly: true})
 	r.end(t)
 }
+
+// TestServeCreateSpares: --create makes what does not exist, and overwrites nothing, by whatever name it is called.
+func TestServeCreateSpares(t *testing.T) {
+	dir := t.TempDir()
+	t.Chdir(dir)
+	data := bytes.Repeat([]byte("platter "), 128<<10)
+	if err := os.WriteFile("disk.raw", data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	below := startServe(t, "--format", "raw", "--socket", filepath.Join(dir, "below"), "disk.raw")
+	old := "nbd:unix:" + filepath.Join(dir, "below")
+	refused := func(name string) {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second) // or it would serve
+		defer cancel()
+		var stderr bytes.Buffer
+		if status := run(ctx, []string{"serve", "--create", "64k", "--format", "qcow2", name}, io.Discard, &stderr); status != 1 {
+			t.Errorf("%s: exit status %d, %s", name, status, &stderr)
+		}
+	}
+	refused(old)
+	refused(below.uri)
+	below.end(t)
+	refused("file:disk.raw")
+	if got, err := os.ReadFile("disk.raw"); err != nil || !bytes.Equal(got, data) {
+		t.Fatalf("the disk has lost what it held: %d bytes, %v", len(got), err)
+	}
+	options := "driver=qcow2,file.filename=none"
+	if o := runHere(t, dir, "serve", "--create", "64k", options); o.status != 1 {
+		t.Errorf("exit status %d, %s", o.status, o.stderr)
+	}
+	if _, err := os.Lstat(options); !os.IsNotExist(err) {
+		t.Errorf("a file was made that is called as options are: %v", err)
+	}
+	startServe(t, "--create", "64k", "file:new.qcow2").end(t)
+	if o := runHere(t, dir, "check", "new.qcow2"); o.status != 0 {
+		t.Errorf("what was made is no image: %s", o.stderr)
+	}
+}

@@ -35,7 +35,7 @@ func (t *target) prepare(ctx context.Context, size int64, sources []image.Layer)
 		opened.format = ""
 	}
 	if p.create != nil {
-		err := t.spare(sources, p.destination, p.create.get("data_file"))
+		err := t.spare(sources, p.destination, p.dataFile())
 		if err == nil {
 			err = t.create(ctx, size)
 		}
@@ -87,15 +87,21 @@ func (t *target) spare(sources []image.Layer, names ...string) error {
 	return nil
 }
 
+// dataFile is the name of the data file that is created with the target, "" for none.
+func (p *plan) dataFile() string {
+	data := p.create.get("data_file")
+	if data != "" && p.create.format == "fvd" { // which looks for it beside the image
+		data = fullBackingName(p.destination, data)
+	}
+	return data
+}
+
 func (t *target) create(ctx context.Context, size int64) error {
 	p := t.plan
 	// The size of the copy is that of the source, whatever -o says.
 	p.create.values["size"] = fmt.Sprint(size)
 	names := []string{p.destination}
-	if data := p.create.get("data_file"); data != "" {
-		if p.create.format == "fvd" { // which looks for it beside the image
-			data = fullBackingName(p.destination, data)
-		}
+	if data := p.dataFile(); data != "" {
 		names = append(names, data)
 	}
 	var existing []string

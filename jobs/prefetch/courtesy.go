@@ -61,6 +61,13 @@ func (p *Prefetcher) owes() bool {
 	return p.courtesy.debt > 0
 }
 
+// forgive clears the account of what is exempt: nobody is to wait for it later either.
+func (p *Prefetcher) forgive() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.courtesy.debt = 0
+}
+
 // yield keeps still for as long as the guest is owed that; drain empties the slots first.
 func (p *Prefetcher) yield(ctx context.Context, drain func() error) error {
 	if !p.owes() {

@@ -125,17 +125,26 @@ func TestGuestKeepsItsTime(t *testing.T) {
 	}
 }
 
-// What a guest has to fetch anyway is not held back.
+// What a guest has to fetch anyway is not held back, nor what comes after it on that account.
 func TestProfileDoesNotYield(t *testing.T) {
-	disk := newLayered(64*4096, 4096)
-	clock := &guestTime{fakeClock: newFakeClock(), busy: time.Second, period: time.Second}
-	clock.guest = newActivity(clock.fakeClock)
-	over := &worked{Overlay: Guard(disk, GuardedOptions{Unit: 4096, Whole: true, BaseSize: disk.Size()}), clock: clock, took: 20 * time.Millisecond}
-	p := New(over, Options{Order: Profile{{0, 64 * 4096}}, OrderReads: 1, Clock: clock, Guest: clock.guest, MinRead: -1, MinWrite: -1})
-	start := clock.Now()
-	must(t, p.Run(context.Background()))
-	if took := clock.Now().Sub(start); took != 20*time.Millisecond {
-		t.Errorf("it took %v", took)
+	var parts Profile // every second block; the rest is left to the pass
+	for b := int64(0); b < 64; b += 2 {
+		parts = append(parts, Run{b * 4096, 4096})
+	}
+	for _, test := range []struct {
+		order Profile
+		reads int
+	}{{Profile{{0, 64 * 4096}}, 1}, {Profile{{0, 63 * 4096}}, 2}, {parts[:1], 2}, {append(parts, Run{4096, 62 * 4096}), 32 + 31 + 1}} {
+		disk := newLayered(64*4096, 4096)
+		clock := &guestTime{fakeClock: newFakeClock(), busy: time.Second, period: time.Second}
+		clock.guest = newActivity(clock.fakeClock)
+		over := &worked{Overlay: Guard(disk, GuardedOptions{Unit: 4096, Whole: true, BaseSize: disk.Size()}), clock: clock, took: 20 * time.Millisecond}
+		p := New(over, Options{Order: test.order, OrderReads: 1, Clock: clock, Guest: clock.guest, MinRead: -1, MinWrite: -1})
+		start := clock.Now()
+		must(t, p.Run(context.Background()))
+		if took, want := clock.Now().Sub(start), time.Duration(test.reads)*20*time.Millisecond; took != want {
+			t.Errorf("%d parts: it took %v, want %v", len(test.order), took, want)
+		}
 	}
 }
 

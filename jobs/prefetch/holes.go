@@ -13,7 +13,7 @@ type holes struct {
 	over Overlay
 	unit int64
 
-	from, end int64 // the window it knows of
+	from, end int64 // the window it knows of, in whole units but for the end of the base image
 	runs      []Run // of zeros in it, in whole units, in order
 }
 
@@ -36,10 +36,11 @@ func (h *holes) sameKind(off, n int64) (zeros bool, length int64) {
 	return true, min(n, h.runs[0].Offset+h.runs[0].Length-off)
 }
 
-// ask learns about a window that begins at off.
+// ask learns about a window that begins at off, where a unit does.
 func (h *holes) ask(off int64) {
 	base := h.over.BaseSize()
-	h.from, h.end, h.runs = off, off+holesWindow, nil
+	window := off + max(h.unit, holesWindow/h.unit*h.unit)
+	h.from, h.end, h.runs = off, window, nil
 	if off >= base {
 		return
 	}
@@ -64,14 +65,14 @@ func (h *holes) ask(off int64) {
 		default:
 			keep()
 			if at, length = e.Offset, e.Length; len(h.runs) == holesRuns {
-				h.end = e.Offset
+				h.end = e.Offset / h.unit * h.unit
 				return false
 			}
 		}
 		return true
 	})
 	if err != nil {
-		h.end, h.runs = min(off+holesWindow, base), nil
+		h.end, h.runs = min(window, base), nil
 		return
 	}
 	keep()

@@ -188,15 +188,17 @@ func (p *Prefetcher) run(ctx context.Context) error {
 		if len(order) > 0 {
 			if err = p.ordered(ctx, order); err == nil {
 				order = nil
+				p.forgive()
 				continue
 			}
-		} else {
+		}
+		var base *baseError
+		if len(order) == 0 || failures > 0 && errors.As(err, &base) { // the profile may list what cannot be read
 			err = p.pass(ctx)
 		}
 		if p.passProgress {
 			failures, locked = 0, lockedWait
 		}
-		var base *baseError
 		switch {
 		case errors.As(err, &base):
 			if failures++; p.retry(ctx, failures, base.err) != nil {

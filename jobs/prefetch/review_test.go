@@ -197,3 +197,31 @@ func TestManyHoles(t *testing.T) {
 		at += n
 	}
 }
+
+// A profile that lists much that cannot be read does not keep the rest from being fetched.
+func TestBadProfile(t *testing.T) {
+	defer goleak.VerifyNone(t)
+	const unit = 4096
+	d := newLayered(1024*unit, unit)
+	reads := 0
+	over := &spotty{Guard(d, GuardedOptions{Unit: unit, Whole: true, BaseSize: d.Size()}), []Run{{0, 128 * unit}}, &reads}
+	var bad Profile
+	for u := int64(0); u < 128; u += 2 {
+		bad = append(bad, Run{u * unit, unit})
+	}
+	retries := 0
+	p := New(over, Options{PerPrefetch: unit, Order: bad, OrderReads: 1, MaxRead: 1e9, Clock: newFakeClock(), Trace: func(e Event) {
+		if e.Kind == EventRetry {
+			if retries++; retries == 10 {
+				over.bad = nil
+				if left := d.inBase(); left > 256*unit {
+					t.Errorf("%d bytes are left after %d tries", left, retries)
+				}
+			}
+		}
+	}})
+	must(t, p.Run(context.Background()))
+	if retries < 10 || d.inBase() != 0 {
+		t.Errorf("%d tries, %d bytes left", retries, d.inBase())
+	}
+}
