@@ -29,7 +29,7 @@ type fvdWorkload struct {
 	Workload
 	create fvd.CreateOptions
 	base   int64 // bytes of a raw base image without two equal sectors; 0: none
-	holes  bool  // the base image has some equal ones after all: zeros
+	holes  int64 // bytes of each run of sectors in it that are equal after all: zeros
 	data   fvdData
 
 	writethrough bool
@@ -149,7 +149,13 @@ func fvdWorkloads() []fvdWorkload {
 			create:   compact(64 * kib), base: fvdBase, work: fixedWork(zeroCopySteps),
 		}, {
 			Workload: Workload{Name: "holes", Description: "a base image with zeros in it, of which copies store nothing", Disciplines: journaled},
-			create:   compact(16 * kib), base: fvdBase, holes: true, work: stirredWork(random),
+			create:   compact(16 * kib), base: fvdBase, holes: 9 * kib, work: stirredWork(random),
+		}, {
+			Workload: Workload{Name: "holes-overlay", Description: "a long hole in the base image, which copies make in an image without a table", Disciplines: journaled},
+			create:   overlay, base: fvdBase, holes: 72 * kib, work: fixedWork(holeSteps),
+		}, {
+			Workload: Workload{Name: "holes-data", Description: "the same in a data file that was used before", Disciplines: journaled},
+			create:   overlay, base: fvdBase, data: dataDevice, holes: 72 * kib, work: fixedWork(holeSteps),
 		}, {
 			Workload: Workload{Name: "copy-on-read", Description: "copy-on-read and prefetching under guest writes, to the end: the base image is let go", Disciplines: journaled},
 			create:   compact(16 * kib), base: fvdBase, copyOnRead: true, work: copyOnReadWork,
@@ -255,8 +261,8 @@ func (r *fvdRun) prepare(files []storage.File) error {
 		if err := fillUnique(f.base, r.base); err != nil {
 			return err
 		}
-		for at := int64(8 * kib); r.holes && at < r.base; at += 28 * kib {
-			if err := f.base.PunchHole(at, 9*kib); err != nil {
+		for at := int64(8 * kib); r.holes > 0 && at < r.base; at += 3*r.holes + kib {
+			if err := f.base.PunchHole(at, r.holes); err != nil {
 				return err
 			}
 		}

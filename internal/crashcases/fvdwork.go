@@ -57,6 +57,19 @@ func softSteps(g *crashlab.Guest, s *fvdSubject) error {
 	)
 }
 
+// holeSteps copy a hole of the base image that is worth one in the image, and write into it before and after.
+func holeSteps(g *crashlab.Guest, s *fvdSubject) error {
+	w := writes(g)
+	soft := func(off, n int64) func() error { return func() error { return s.copyUp(off, n) } }
+	return script(
+		soft(0, 100*kib), w(9*kib, 512), g.Flush,
+		w(30*kib, 6*kib), s.im.Checkpoint,
+		w(50*kib, 512), soft(100*kib, 64*kib), g.Flush,
+		func() error { return g.WriteZeroes(8*kib, 80*kib, true) },
+		w(60*kib, 1024), g.Flush, s.im.Checkpoint,
+	)
+}
+
 // zeroCopySteps zero blocks of chunks without a place, and have copies give these chunks one.
 func zeroCopySteps(g *crashlab.Guest, s *fvdSubject) error {
 	zero := func(off, n int64) func() error {
