@@ -386,12 +386,16 @@ func (r *fvdRun) again(g *crashlab.Guest) error {
 	if s.foundDirty() {
 		g.Note(noteDirty)
 	}
-	return script(
+	steps := []func() error{
 		func() error { return m.Run(g) },
 		func() error { return s.copyUp(32*kib, 24*kib) },
 		s.im.Checkpoint,
 		func() error { return m.Run(g) },
-	)
+	}
+	if r.holes > 24*kib { // a long hole covers what a lost write left there
+		steps = append([]func() error{func() error { return s.copyUp(0, r.base) }}, steps...)
+	}
+	return script(steps...)
 }
 
 // fvdSubject is an image with its checker.

@@ -62,6 +62,7 @@ func holeSteps(g *crashlab.Guest, s *fvdSubject) error {
 	w := writes(g)
 	soft := func(off, n int64) func() error { return func() error { return s.copyUp(off, n) } }
 	return script(
+		w(20*kib, 4*kib), w(64*kib, 5*kib),
 		soft(0, 100*kib), w(9*kib, 512), g.Flush,
 		w(30*kib, 6*kib), s.im.Checkpoint,
 		w(50*kib, 512), soft(100*kib, 64*kib), g.Flush,
