@@ -90,7 +90,7 @@ func newAllocator(im *Image, refs *refcounts, fileSize int64) *allocator {
 	a := &allocator{
 		file: im.file, geo: &im.geo, refs: refs, im: im,
 		atEnd: fileSize,
-		busy:  map[hostCluster]struct{}{}, packer: packer{streams: map[hostCluster]int{}},
+		busy:  map[hostCluster]struct{}{}, packer: packer{streams: map[hostCluster]int{}, kept: map[hostCluster]struct{}{}},
 	}
 	a.end.Store(fileSize)
 	a.maxBatch = min(max(int64(maxBatchBytes)>>im.geo.clusterBits, firstBatch), maxBatch)
@@ -245,6 +245,7 @@ func (a *allocator) link(r freeRun) (generation, error) {
 			return 0, err
 		}
 		delete(a.busy, c)
+		delete(a.packer.kept, c)
 	}
 	if a.policy == countAtLink {
 		return r.ready, nil
@@ -457,7 +458,7 @@ func (a *allocator) wanted(c hostCluster) bool {
 // durable.
 func (a *allocator) recycle(c hostCluster, punch bool) {
 	if a.packer.pending(c) {
-		a.busy[c] = struct{}{} // another stream is on its way there
+		a.keep(c) // another stream is on its way there
 		return
 	}
 	a.packer.leave(a.geo, c)

@@ -173,6 +173,9 @@ func (im *Image) readCompressed(p []byte, off guestOff, e l2Entry) error {
 type packer struct {
 	next    hostOff             // where the next stream may start; 0: in a new cluster
 	streams map[hostCluster]int // streams that were placed in a cluster that others use, and are not linked yet
+
+	// kept holds busy clusters whose last user went away while such streams were on their way there.
+	kept map[hostCluster]struct{}
 }
 
 // leave keeps the next stream out of a cluster that has lost its last user.
@@ -191,6 +194,26 @@ type placement struct {
 	at     hostOff
 	shared hostCluster // 0: none
 	own    freeRun     // n is 0: none
+}
+
+// keep holds a cluster whose count is 0 for the streams that are on their way there.
+func (a *allocator) keep(c hostCluster) {
+	a.busy[c] = struct{}{}
+	a.packer.kept[c] = struct{}{}
+}
+
+// giveUp frees a cluster that was kept for streams of which none was linked. That it lost its last user may not be
+// durable yet, so it goes the way of a cluster that loses it now.
+func (a *allocator) giveUp(c hostCluster) error {
+	if _, kept := a.packer.kept[c]; !kept {
+		return nil
+	}
+	delete(a.packer.kept, c)
+	delete(a.busy, c)
+	if err := a.refs.set(c, 1); err != nil {
+		return err
+	}
+	return a.im.discipline.accept(&update{releases: []hostRun{{start: c, n: 1}}})
 }
 
 // place allocates n bytes for a stream, at most a cluster.
@@ -233,6 +256,9 @@ func (a *allocator) placed(p placement, linked bool) error {
 	if p.shared != 0 {
 		if a.packer.streams[p.shared]--; a.packer.streams[p.shared] == 0 {
 			delete(a.packer.streams, p.shared)
+			if err := a.giveUp(p.shared); err != nil {
+				return err
+			}
 		}
 	}
 	if !linked && p.own.n > 0 {
@@ -254,7 +280,7 @@ func (a *allocator) abandon(own freeRun) error {
 		return nil
 	}
 	if v == 1 {
-		a.busy[own.start] = struct{}{} // until the first of them is linked
+		a.keep(own.start) // until the first of them is linked
 	}
 	return a.refs.set(own.start, v-1)
 }

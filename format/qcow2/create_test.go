@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -382,5 +383,41 @@ func TestCreateFaults(t *testing.T) {
 		if _, err := ReadHeader(f.Memory); !errors.Is(err, ErrNotQcow2) && f.Memory != nil && n < 8 {
 			t.Fatalf("change %d fails, but there is an image: %v", n, err)
 		}
+	}
+}
+
+// TestResizeClearsDataFile: what the last cluster held before it was zeroed by its entry does not come back from the
+// external data file when the disk grows with preallocation.
+func TestResizeClearsDataFile(t *testing.T) {
+	for _, how := range []block.Preallocation{block.PreallocMetadata, block.PreallocFalloc, block.PreallocFull} {
+		t.Run(how.String(), func(t *testing.T) {
+			f, data := storage.NewMemory("image"), storage.NewMemory("data")
+			o := CreateOptions{Size: 1<<20 - 2048, ClusterSize: 4096, DataFileName: "data", DataFile: keepOpen{data}}
+			if err := Create(f, o); err != nil {
+				t.Fatal(err)
+			}
+			im, err := Open(keepOpen{f}, Options{DataFile: keepOpen{data}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			const off, n = 1<<20 - 4096, 2048
+			if _, err := im.WriteAt(bytes.Repeat([]byte{7}, n), off); err != nil {
+				t.Fatal(err)
+			}
+			if err := im.WriteZeroes(off, n, block.MayUnmap); err != nil {
+				t.Fatal(err)
+			}
+			if err := im.Resize(1<<20, how); err != nil {
+				t.Fatal(err)
+			}
+			got := make([]byte, 4096)
+			if _, err := im.ReadAt(got, off); err != nil || len(bytes.Trim(got, "\x00")) != 0 {
+				t.Errorf("zeros became something else: %v", err)
+			}
+			if err := im.Close(); err != nil {
+				t.Fatal(err)
+			}
+			checkClean(t, f)
+		})
 	}
 }

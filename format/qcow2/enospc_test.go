@@ -160,3 +160,45 @@ func fillDisk(t *testing.T, how string, create CreateOptions, backed bool, seed 
 		t.Fatalf("%s, seed %d: check: %+v, %v", how, seed, res, err)
 	}
 }
+
+// TestJournalWaitsForSpace: as long as there is no space for the journal, flushes fail, and the file does not grow
+// by one journal each.
+func TestJournalWaitsForSpace(t *testing.T) {
+	file := &fullDisk{File: storage.NewMemory("image")}
+	if err := Create(file, CreateOptions{Size: 4 << 20, ClusterSize: 4096}); err != nil {
+		t.Fatal(err)
+	}
+	im, err := Open(keepOpen{file}, Options{Discipline: Journal, JournalSize: 1, JournalCommitInterval: -1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := bytes.Repeat([]byte{7}, 5000)
+	if _, err := im.WriteAt(want, 512); err != nil {
+		t.Fatal(err)
+	}
+	file.full.Store(true)
+	var first int64
+	for i := range 10 {
+		if err := im.Flush(); !errors.Is(err, syscall.ENOSPC) || im.failed() != nil {
+			t.Fatalf("flush on a full disk: %v", err)
+		}
+		if i == 0 {
+			first = fileSize(t, file)
+		}
+	}
+	if size := fileSize(t, file); size > first {
+		t.Errorf("the file grew from %d to %d bytes", first, size)
+	}
+	file.full.Store(false)
+	if err := im.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if im, err = Open(keepOpen{file}, Options{ReadOnly: true}); err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, len(want))
+	if _, err := im.ReadAt(got, 512); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("the disk holds something else: %v", err)
+	}
+	checkClean(t, file)
+}

@@ -125,6 +125,10 @@ func (d *journal) release(runs []hostRun) error {
 				a.recycle(c, r.punch)
 				continue
 			}
+			if a.packer.pending(c) {
+				a.keep(c) // once that is linked, this transaction frees nothing
+				continue
+			}
 			a.busy[c] = struct{}{}
 			one := hostRun{start: c, n: 1, punch: r.punch, table: r.table}
 			d.freed = append(d.freed, one)

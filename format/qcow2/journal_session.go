@@ -30,6 +30,7 @@ func (d *journal) begin() (err error) {
 	if err != nil {
 		return err
 	}
+	d.ext.Offset = uint64(im.geo.offsetOf(start)) // the next attempt prefers the same place, or the file grew by each
 	if err := im.alloc.extend(int64(im.geo.offsetOf(start)) + size); err != nil {
 		return err
 	}
@@ -37,7 +38,7 @@ func (d *journal) begin() (err error) {
 		return err
 	}
 	im.alloc.journal = hostRun{start: start, n: size >> im.geo.clusterBits}
-	d.ext.Offset, d.ext.Size = uint64(im.geo.offsetOf(start)), uint64(size)
+	d.ext.Size = uint64(size)
 	if err := d.identify(d.ext.UUID[:]); err != nil {
 		return err
 	}

@@ -190,20 +190,13 @@ func (im *Image) preallocateSlice(off guestOff, clusters int64, how block.Preall
 			return err
 		}
 		u := update{exposes: exposes}
-		if !g.dataFile {
-			u.uses = []freeRun{run}
-		}
 		for i := range run.n {
 			u.words = append(u.words, uint64(g.offsetOf(run.start+hostCluster(i)))|entryCopied)
 			if g.extended {
 				u.words = append(u.words, olds[i].bitmap)
 			}
 		}
-		word, _, _, err := im.l2Word(off)
-		if err != nil {
-			return err
-		}
-		if err := im.apply(word, u); err != nil {
+		if err := im.linkRun(off, run, u); err != nil {
 			return err
 		}
 		off, clusters = off+guestOff(run.n<<g.clusterBits), clusters-run.n
@@ -222,11 +215,11 @@ func (im *Image) layOut(run freeRun, how block.Preallocation) (generation, error
 		im.wrote()
 	}
 	if how != block.PreallocFull {
-		if im.geo.dataFile {
-			return 0, nil // the data file was just extended over the range
-		}
 		if run.zeroed != never {
 			return run.zeroed, nil
+		}
+		if im.geo.dataFile && im.clearData(at, n, how) == nil {
+			return im.now(), nil
 		}
 	}
 	const chunk = 1 << 20
@@ -239,6 +232,20 @@ func (im *Image) layOut(run freeRun, how block.Preallocation) (generation, error
 		}
 	}
 	return im.now(), nil
+}
+
+// clearData makes a range of an external data file read as zeros without writing them. What the disk held at its end
+// before it was zeroed by its entries, or past that when it was larger, may lie there still.
+func (im *Image) clearData(at, n int64, how block.Preallocation) error {
+	zero := im.data.PunchHole
+	if how == block.PreallocFalloc {
+		zero = im.data.ZeroRange
+	}
+	if err := zero(at, n); err != nil {
+		return err
+	}
+	im.wrote()
+	return nil
 }
 
 // growL1 moves the L1 table to a larger place (specification section 18.8).

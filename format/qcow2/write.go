@@ -257,16 +257,9 @@ func (im *Image) writeNew(p []byte, off guestOff, first mapping) (int, error) {
 		u.releases = append(u.releases, im.releases(old, false)...)
 	}
 	if linked > 0 {
-		if !g.dataFile {
-			use := run
-			use.start, use.n = run.start+hostCluster((linkFrom-start)>>g.clusterBits), linked
-			u.uses = []freeRun{use}
-		}
-		at, _, _, err := im.l2Word(linkFrom)
-		if err != nil {
-			return 0, err
-		}
-		if err := im.apply(at, u); err != nil {
+		use := run
+		use.start, use.n = run.start+hostCluster((linkFrom-start)>>g.clusterBits), linked
+		if err := im.linkRun(linkFrom, use, u); err != nil {
 			return 0, err
 		}
 	}
@@ -279,6 +272,21 @@ func (im *Image) writeNew(p []byte, off guestOff, first mapping) (int, error) {
 		}
 	}
 	return len(p), im.boundPartials(start, end)
+}
+
+// linkRun applies an update that maps clusters from off on to a run of new host clusters, or gives those back.
+func (im *Image) linkRun(off guestOff, run freeRun, u update) error {
+	if !im.geo.dataFile {
+		u.uses = []freeRun{run}
+	}
+	at, _, _, err := im.l2Word(off)
+	if err == nil {
+		err = im.apply(at, u)
+	}
+	if err != nil {
+		im.giveBack(run) // an update that was accepted and failed all the same ended all changes
+	}
+	return err
 }
 
 // oldNeedsCopy reports whether a new host cluster has to take over pieces of the old one that a write of
