@@ -38,7 +38,7 @@ type identity struct {
 
 func (id identity) same(other identity) bool {
 	if id.info != nil && other.info != nil {
-		return os.SameFile(id.info, other.info)
+		return sameInfo(id.info, other.info)
 	}
 	return id.name == other.name
 }

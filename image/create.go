@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 
+	"github.com/platter-disk/platter/block"
 	"github.com/platter-disk/platter/format/fvd"
 	"github.com/platter-disk/platter/format/qcow2"
 	"github.com/platter-disk/platter/format/raw"
@@ -54,7 +55,7 @@ func Create(ctx context.Context, format, name string, o CreateOptions) error {
 	if err != nil {
 		return err
 	}
-	at, err := parseLocation(name)
+	at, err := parseNew(name)
 	if err != nil {
 		return err
 	}
@@ -79,7 +80,7 @@ func Create(ctx context.Context, format, name string, o CreateOptions) error {
 // CreatedZero tells whether a disk that Create made under that name reads as zeros everywhere, as far as no backing
 // file shows through. Only a raw disk in storage of a fixed size does not: it is what that storage held before.
 func CreatedZero(format, name string) bool {
-	at, err := parseLocation(name)
+	at, err := parseNew(name)
 	return err == nil && (format != formatRaw || at.local() && !isDevice(at))
 }
 
@@ -88,7 +89,19 @@ func createRaw(at *location, o CreateOptions, created *newFiles) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(raw.Create(f, o.Size, o.Preallocation), f.Close())
+	return errors.Join(writeRaw(f, o), f.Close())
+}
+
+func writeRaw(f storage.File, o CreateOptions) error {
+	// Before anything is lost it turns out whether a file can be that large. What cannot grow is looked at by raw.Create.
+	if old, err := f.Size(); err != nil {
+		return err
+	} else if old > 0 && old < o.Size && o.Preallocation != block.PreallocMetadata {
+		if err := f.Truncate(o.Size); err != nil && !errors.Is(err, errors.ErrUnsupported) {
+			return err
+		}
+	}
+	return raw.Create(f, o.Size, o.Preallocation)
 }
 
 func createQcow2(at *location, o CreateOptions, created *newFiles) error {
@@ -143,7 +156,7 @@ func ResolveCreate(ctx context.Context, format, name string, o CreateOptions) (C
 
 // resolveCreateBacking learns the size of the backing file, and sees to it that it can be opened.
 func resolveCreateBacking(ctx context.Context, format, name string, o *CreateOptions) error {
-	at, err := parseLocation(name)
+	at, err := parseNew(name)
 	if err != nil {
 		return err
 	}
@@ -152,9 +165,14 @@ func resolveCreateBacking(ctx context.Context, format, name string, o *CreateOpt
 			return errCreateBacking(err)
 		}
 	}
-	below, ref, refErr := parseReference(gate.Backing, at, o.BackingFile, besideImage)
-	if refErr == nil && SameFile(at.String(), ref.Name) {
+	below, _, refErr := parseReference(gate.Backing, at, o.BackingFile, besideImage)
+	if refErr == nil && mayBeSame(at.String(), below.at.String()) {
 		return qemuError("Error: Trying to create an image with the same filename as the backing file")
+	}
+	if refErr == nil {
+		if err := o.sparesChain(format, at, []identity{{name: below.at.String()}}); err != nil {
+			return err
+		}
 	}
 	noSize := o.Size <= 0
 	switch {
@@ -176,7 +194,7 @@ func resolveCreateBacking(ctx context.Context, format, name string, o *CreateOpt
 	if err != nil {
 		return errCreateBacking(err)
 	}
-	if err := o.sparesChain(format, at, c.layers); err != nil {
+	if err := o.sparesChain(format, at, c.seen); err != nil {
 		return errors.Join(err, backing.dev.Close())
 	}
 	o.BackingSize = backing.dev.Size()
@@ -198,19 +216,38 @@ func resolveCreateBacking(ctx context.Context, format, name string, o *CreateOpt
 func errCreateBacking(err error) error { return qemuError("%w\nCould not open backing image.", err) }
 
 // sparesChain refuses to overwrite a file of the chain that the new image is to lie over.
-func (o *CreateOptions) sparesChain(format string, at *location, chain []Layer) error {
-	made := []string{at.String()}
-	if data, err := o.dataLocation(format, at); err == nil {
-		made = append(made, data.String())
+func (o *CreateOptions) sparesChain(format string, at *location, chain []identity) error {
+	made, err := o.filesAt(format, at)
+	if err != nil {
+		return err
 	}
 	for _, name := range made {
-		for _, l := range chain {
-			if SameFile(name, l.Name) || l.DataFile != "" && SameFile(name, l.DataFile) {
-				return qemuError("Error: Trying to create '%s', which is a file of the backing chain", printable(name))
-			}
+		if isAmong(chain, name) {
+			return qemuError("Error: Trying to create '%s', which is a file of the backing chain", printable(name))
 		}
 	}
 	return nil
+}
+
+// Files are the paths or URIs of what Create writes when it makes an image of that name with these options.
+func (o *CreateOptions) Files(format, name string) ([]string, error) {
+	at, err := parseNew(name)
+	if err != nil {
+		return nil, err
+	}
+	return o.filesAt(format, at)
+}
+
+func (o *CreateOptions) filesAt(format string, at *location) ([]string, error) {
+	files := []string{at.String()}
+	if o.DataFileName != "" {
+		data, err := o.dataLocation(format, at)
+		if err != nil {
+			return nil, fmt.Errorf("data file: %w", err)
+		}
+		files = append(files, data.String())
+	}
+	return files, nil
 }
 
 // dataLocation is where the data file of an image at at is made: FVD looks for it beside the image; qemu-img makes
@@ -236,21 +273,11 @@ func (o *CreateOptions) gate() gate.Gate {
 
 // LocalPath is the path of the local file that a name given to Create stands for; ok is false if it stands for none.
 func LocalPath(name string) (path string, ok bool) {
-	at, err := parseLocation(name)
+	at, err := parseNew(name)
 	if err != nil || !at.local() {
 		return "", false
 	}
 	return at.path, true
-}
-
-// SameFile tells whether two paths or URIs, such as those of a Layer, lead to the same file as far as that can be seen.
-func SameFile(a, b string) bool {
-	if a == b {
-		return true
-	}
-	infoA, errA := os.Stat(a)
-	infoB, errB := os.Stat(b)
-	return errA == nil && errB == nil && os.SameFile(infoA, infoB)
 }
 
 // newFiles are the files that a Create has made so far.
@@ -260,17 +287,21 @@ type newFiles struct {
 }
 
 type newFile struct {
-	at    *location
-	made  bool // it was not there
-	empty bool // it was there, and has lost what it held
+	at   *location
+	made bool // it was not there
 	*interruptible
 }
 
-// create opens the file at l, emptied unless its size is fixed, and remembers whether it was there. The file fails
-// its requests once ctx has ended.
+// create opens the file at l and remembers whether it was there. What it holds is for the format to remove, which
+// checks the options first. The file fails its requests once ctx has ended.
 func (n *newFiles) create(l *location, noCoW bool) (storage.File, error) {
 	if err := n.ctx.Err(); err != nil {
 		return nil, err
+	}
+	for _, f := range n.files {
+		if mayBeSame(l.String(), f.at.String()) {
+			return nil, fmt.Errorf("'%s' is the image itself", printable(l.String()))
+		}
 	}
 	created := newFile{at: l}
 	f, err := created.open(n.ctx, noCoW)
@@ -289,10 +320,7 @@ func (n *newFile) open(ctx context.Context, noCoW bool) (storage.File, error) {
 	path := n.at.path
 	_, err := os.Lstat(path)
 	n.made = errors.Is(err, fs.ErrNotExist)
-	if info, err := os.Stat(path); err == nil {
-		n.empty = info.Mode().IsRegular() && info.Size() > 0
-	}
-	f, err := storage.Open(path, storage.OpenOptions{Create: true, Truncate: true, NoCoW: noCoW})
+	f, err := storage.Open(path, storage.OpenOptions{Create: true, NoCoW: noCoW})
 	if err != nil {
 		return nil, fileError("create", path, err)
 	}
@@ -302,7 +330,7 @@ func (n *newFile) open(ctx context.Context, noCoW bool) (storage.File, error) {
 // giveUp removes what was made before err.
 func (n *newFiles) giveUp(err error) error {
 	for _, f := range n.files {
-		left := f.empty || f.changed.Load()
+		left := f.changed.Load()
 		if f.made {
 			rerr := os.Remove(f.at.path)
 			left = rerr != nil && !errors.Is(rerr, fs.ErrNotExist)

@@ -113,7 +113,7 @@ func TestCreateErrors(t *testing.T) {
 		{"nbd://localhost/x", "fvd", sized(mib), "Protocol driver 'nbd' does not support image creation"},
 		{"new", "qcow2", badCluster, "luster"},
 		{"new", "qcow2", badData, "Could not create 'no/data'"},
-		{"new", "qcow2", sameData, "lock"},
+		{"new", "qcow2", sameData, "is the image itself"},
 		{"new", "raw", image.CreateOptions{CreateOptions: qcow2.CreateOptions{Size: mib, Preallocation: block.PreallocMetadata}}, "Unsupported preallocation mode"},
 		{"new", "raw", sized(1<<63 - 1), "9223372036854775807"},
 	} {

@@ -95,6 +95,7 @@ type Image struct {
 	probed bool
 
 	devices []block.Device // of the layers
+	files   []identity     // of the whole chain
 }
 
 // Layer describes one image of a chain.
@@ -147,7 +148,7 @@ func open(ctx context.Context, name string, o Options) (*Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Image{Device: top.dev, name: name, file: top.file, probed: top.probedRaw, layers: c.layers, devices: c.devices}, nil
+	return &Image{Device: top.dev, name: name, file: top.file, probed: top.probedRaw, layers: c.layers, devices: c.devices, files: c.seen}, nil
 }
 
 // Name is the name that Open was given.
@@ -162,6 +163,10 @@ func (im *Image) ProbedRaw() bool { return im.probed }
 
 // Chain describes the layers as they were opened, from the top down.
 func (im *Image) Chain() []Layer { return append([]Layer(nil), im.layers...) }
+
+// Uses tells whether a path or URI may lead to one of the files that the disk is kept in or read from: those of all
+// layers, and those that their data files consist of.
+func (im *Image) Uses(name string) bool { return isAmong(im.files, name) }
 
 // File is the file of the top layer. It belongs to the image.
 func (im *Image) File() storage.File { return im.file }

@@ -15,7 +15,7 @@ const interruptStep = 256 << 20
 type interruptible struct {
 	storage.File
 	ctx     context.Context
-	changed atomic.Bool // something was written
+	changed atomic.Bool // something was written or cut off
 }
 
 func (f *interruptible) ReadAt(p []byte, off int64) (int, error) {
@@ -31,6 +31,17 @@ func (f *interruptible) WriteAt(p []byte, off int64) (int, error) {
 	}
 	f.changed.Store(true)
 	return f.File.WriteAt(p, off)
+}
+
+func (f *interruptible) Truncate(size int64) error {
+	if err := f.ctx.Err(); err != nil {
+		return err
+	}
+	err := f.File.Truncate(size)
+	if err == nil {
+		f.changed.Store(true)
+	}
+	return err
 }
 
 func (f *interruptible) Sync() error {

@@ -81,6 +81,21 @@ func parseName(name string, isOptions bool) (*node, error) {
 	return &node{at: at}, err
 }
 
+// parseNew parses the name of an image that is to be made, so that Open finds under it what was made.
+func parseNew(name string) (*location, error) {
+	switch {
+	case strings.HasPrefix(name, driverPrefix):
+		return nil, fmt.Errorf("an image is made under a file name or URI, and '%s' would be read as options; a file is called that after ./", printable(name))
+	case strings.HasPrefix(name, jsonPrefix):
+		return parseLocation(name) // which knows no such protocol
+	}
+	n, err := parseName(name, false)
+	if err != nil {
+		return nil, err
+	}
+	return n.at, nil
+}
+
 func parseJSONName(name string) (*node, error) {
 	t, err := parseJSON(name[len(jsonPrefix):])
 	if err != nil {

@@ -105,11 +105,19 @@ func (f *commitFlags) find(ctx context.Context, name string) (int, error) {
 	if err := img.Close(); err != nil {
 		return 0, err
 	}
+	found := 0
 	for depth := 1; depth < len(chain); depth++ {
 		above := chain[depth-1]
-		if f.base == above.BackingFile || f.base == above.FullBacking || image.SameFile(f.base, chain[depth].Name) {
-			return depth, nil
+		if f.base != above.BackingFile && f.base != above.FullBacking && !image.SameFile(f.base, chain[depth].Name) {
+			continue
 		}
+		if found > 0 { // a name that an image stores and one as seen from here
+			return 0, fmt.Errorf("'%s' stands for two files of the backing chain of '%s': '%s' and '%s'", f.base, name, chain[found].Name, chain[depth].Name)
+		}
+		found = depth
+	}
+	if found > 0 {
+		return found, nil
 	}
 	return 0, fmt.Errorf("Did not find '%s' in the backing chain of '%s'", f.base, name)
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"sync"
 
 	"github.com/spf13/cobra"
@@ -226,10 +225,12 @@ func (f *convertFlags) createValues() (*createValues, error) {
 	switch {
 	case values.get("backing_file") != "" && values.get("backing_fmt") == "":
 		return nil, fmt.Errorf("Use of backing file requires explicit backing format")
-	case f.compress && values.format != "qcow2":
+	case f.compress && (values.format != "qcow2" || values.get("data_file") != ""):
 		return nil, fmt.Errorf("Compression not supported for this file format")
 	case f.compress && preallocation != "" && preallocation != block.PreallocOff.String():
 		return nil, fmt.Errorf("Compression and preallocation not supported at the same time")
+	case f.bitmaps && (values.format != "qcow2" || compatVersion(values.get("compat")) == 2):
+		return nil, errNoBitmaps(values.format)
 	}
 	return values, nil
 }
@@ -243,7 +244,7 @@ func (f *convertFlags) run(cmd *cobra.Command, args []string) (err error) {
 		return err
 	}
 	ctx := cmd.Context()
-	src, chains, err := f.openSources(ctx, p)
+	src, sources, err := f.openSources(ctx, p)
 	if err != nil {
 		return err
 	}
@@ -251,7 +252,7 @@ func (f *convertFlags) run(cmd *cobra.Command, args []string) (err error) {
 
 	t := &target{cmd: cmd, flags: f, plan: p}
 	defer func() { err = t.finish(err) }()
-	if err := t.prepare(ctx, src.Size(), slices.Concat(chains...)); err != nil {
+	if err := t.prepare(ctx, src.Size(), sources); err != nil {
 		return err
 	}
 	o := p.job
@@ -261,7 +262,7 @@ func (f *convertFlags) run(cmd *cobra.Command, args []string) (err error) {
 	}
 	o.Compressed = f.compress
 	o.OutOfOrder = f.outOfOrder
-	t.describe(&o, chains)
+	t.describe(&o, sources)
 	if f.salvage {
 		o.Salvage = f.salvageReport(cmd)
 	}
@@ -287,12 +288,11 @@ func (f *convertFlags) salvageReport(cmd *cobra.Command) func(off, length int64,
 	}
 }
 
-// openSources opens what is to be copied, and tells the backing chain of each source.
-func (f *convertFlags) openSources(ctx context.Context, p *plan) (block.Device, [][]image.Layer, error) {
+// openSources opens what is to be copied, and returns it as one disk and as the images.
+func (f *convertFlags) openSources(ctx context.Context, p *plan) (block.Device, []*image.Image, error) {
 	var imgs []*image.Image
 	var devs []block.Device
-	var chains [][]image.Layer
-	fail := func(err error) (block.Device, [][]image.Layer, error) {
+	fail := func(err error) (block.Device, []*image.Image, error) {
 		for _, img := range imgs {
 			img.Close()
 		}
@@ -303,7 +303,7 @@ func (f *convertFlags) openSources(ctx context.Context, p *plan) (block.Device, 
 		if err != nil {
 			return fail(err)
 		}
-		imgs, devs, chains = append(imgs, img), append(devs, img), append(chains, img.Chain())
+		imgs, devs = append(imgs, img), append(devs, img)
 	}
 	if f.bitmaps {
 		if err := sparesBitmaps(imgs[0]); err != nil {
@@ -315,16 +315,20 @@ func (f *convertFlags) openSources(ctx context.Context, p *plan) (block.Device, 
 		if err != nil {
 			return fail(err)
 		}
-		return &snapshotSource{dev, imgs[0]}, chains, nil
+		return &snapshotSource{dev, imgs[0]}, imgs, nil
 	}
 	if len(imgs) == 1 {
-		return imgs[0], chains, nil
+		return imgs[0], imgs, nil
 	}
 	joined, err := jobs.NewConcat(devs...)
 	if err != nil {
 		return fail(err)
 	}
-	return joined, chains, nil
+	return joined, imgs, nil
+}
+
+func errNoBitmaps(format string) error {
+	return fmt.Errorf("Format driver '%s' does not support bitmaps", format)
 }
 
 // sparesBitmaps refuses a source whose persistent bitmaps would have to be copied.

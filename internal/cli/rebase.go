@@ -124,6 +124,9 @@ func (f *rebaseFlags) rebase(cmd *cobra.Command, img *image.Image, source cacheM
 			return fmt.Errorf("Could not open new backing file '%s': %w", f.base, err)
 		}
 		defer func() { err = errors.Join(err, below.Close()) }()
+		if below.Uses(img.Chain()[0].Name) { // which locks say, too, where there are any
+			return fmt.Errorf("Could not change the backing file to '%s': it is read from the image itself", f.base)
+		}
 		newBase, job.SameDepth, f.baseLength = below, f.commonDepth(img, below), below.Size()
 	}
 	m := f.progress.meter(cmd, "rebase")

@@ -155,6 +155,9 @@ func (f *serveFlags) run(cmd *cobra.Command, args []string) (err error) {
 		if e.fetcher, err = f.base.newFetcher(e.image, e.name, i, config.Logger); err != nil {
 			return err
 		}
+		if err := recordsAlone(exports[:i], e.fetcher); err != nil {
+			return err
+		}
 	}
 	srv, err := server.New(config)
 	if err != nil {
@@ -323,10 +326,8 @@ func (f *serveFlags) createMissing(ctx context.Context, cmd *cobra.Command, name
 	if err != nil {
 		return err
 	}
-	for _, existing := range []string{name, path} { // a file may be called what looks like a prefix
-		if _, err := os.Lstat(existing); !errors.Is(err, fs.ErrNotExist) {
-			return nil // it exists, or opening it will say what is wrong
-		}
+	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+		return nil // it exists, or opening it will say what is wrong
 	}
 	format := f.open.format
 	if format == "" {

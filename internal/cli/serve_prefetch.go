@@ -291,6 +291,9 @@ func newRecording(name, imageName string, size int64) (*recording, error) {
 	if err != nil {
 		return nil, err
 	}
+	if real, err := filepath.EvalSymlinks(path); err == nil {
+		path = real // the profile is replaced, not the link to it
+	}
 	r := &recording{Recorder: prefetch.NewRecorder(size), path: path}
 	p, err := loadProfile(path)
 	if err != nil && !os.IsNotExist(err) {
@@ -301,6 +304,24 @@ func newRecording(name, imageName string, size int64) (*recording, error) {
 	}
 	_, r.saved = r.recorded()
 	return r, nil
+}
+
+// recordsAlone refuses to record to a file that an earlier export records to: the profiles would replace each other.
+func recordsAlone(earlier []export, ft *fetcher) error {
+	if ft == nil || ft.recorder == nil {
+		return nil
+	}
+	for _, e := range earlier {
+		if e.fetcher == nil || e.fetcher.recorder == nil {
+			continue
+		}
+		a, errA := filepath.Abs(e.fetcher.recorder.path)
+		b, errB := filepath.Abs(ft.recorder.path)
+		if errA == nil && errB == nil && image.SameFile(a, b) {
+			return fmt.Errorf("--record-profile: '%s' is given for two images", ft.recorder.path)
+		}
+	}
+	return nil
 }
 
 // recorded is the profile so far and how many bytes it covers.
@@ -325,6 +346,9 @@ func (r *recording) save() (err error) {
 			r.saved = bytes
 		}
 	}()
+	if _, err := loadProfile(r.path); err != nil && !os.IsNotExist(err) {
+		return fmt.Errorf("%w\nA file that is no profile is not replaced", err) // it appeared meanwhile
+	}
 	f, err := os.CreateTemp(filepath.Dir(r.path), filepath.Base(r.path)+".*.new")
 	if err != nil {
 		return err

@@ -11,6 +11,7 @@ import (
 
 	"github.com/platter-disk/platter/image"
 	"github.com/platter-disk/platter/jobs"
+	"github.com/platter-disk/platter/nbd"
 	"github.com/platter-disk/platter/storage"
 )
 
@@ -26,8 +27,8 @@ type target struct {
 }
 
 // prepare creates the target, unless it exists, and opens it. size is that of the source in bytes, sources are the
-// layers that it is read from.
-func (t *target) prepare(ctx context.Context, size int64, sources []image.Layer) error {
+// images that it is read from.
+func (t *target) prepare(ctx context.Context, size int64, sources []*image.Image) error {
 	f, p := t.flags, t.plan
 	opened := f.open
 	opened.imageOpts, opened.forceShare, opened.format = f.targetOpts, false, f.format()
@@ -35,11 +36,7 @@ func (t *target) prepare(ctx context.Context, size int64, sources []image.Layer)
 		opened.format = ""
 	}
 	if p.create != nil {
-		err := t.spare(sources, p.destination, p.dataFile())
-		if err == nil {
-			err = t.create(ctx, size)
-		}
-		if err != nil {
+		if err := t.create(ctx, size, sources); err != nil {
 			return fmt.Errorf("%s: error while converting %s: %w", p.destination, p.create.format, withoutName(err, p.destination))
 		}
 	}
@@ -63,7 +60,7 @@ func (t *target) prepare(ctx context.Context, size int64, sources []image.Layer)
 	case f.targetIsZero && len(img.Chain()) > 1:
 		return fmt.Errorf("Cannot use --target-is-zero when the destination image has a backing file")
 	case f.bitmaps && !keepsBitmaps(img):
-		return fmt.Errorf("Format driver '%s' does not support bitmaps", img.Format())
+		return errNoBitmaps(img.Format())
 	}
 	if p.create == nil {
 		t.touched = []string{p.destination}
@@ -73,13 +70,10 @@ func (t *target) prepare(ctx context.Context, size int64, sources []image.Layer)
 
 // spare refuses to write to a file that the copy is read from. Locks refuse that, too, but not where the user or the
 // file system does without.
-func (t *target) spare(sources []image.Layer, names ...string) error {
+func (t *target) spare(sources []*image.Image, names ...string) error {
 	for _, name := range names {
-		if local, ok := image.LocalPath(name); ok {
-			name = local
-		}
-		for _, l := range sources {
-			if name != "" && (image.SameFile(name, l.Name) || image.SameFile(name, l.DataFile)) {
+		for _, source := range sources {
+			if name != "" && source.Uses(name) {
 				return fmt.Errorf("'%s' is a file of the source: it would be overwritten while it is read", name)
 			}
 		}
@@ -87,33 +81,30 @@ func (t *target) spare(sources []image.Layer, names ...string) error {
 	return nil
 }
 
-// dataFile is the name of the data file that is created with the target, "" for none.
-func (p *plan) dataFile() string {
-	data := p.create.get("data_file")
-	if data != "" && p.create.format == "fvd" { // which looks for it beside the image
-		data = fullBackingName(p.destination, data)
-	}
-	return data
-}
-
-func (t *target) create(ctx context.Context, size int64) error {
+func (t *target) create(ctx context.Context, size int64, sources []*image.Image) error {
 	p := t.plan
 	// The size of the copy is that of the source, whatever -o says.
 	p.create.values["size"] = fmt.Sprint(size)
-	names := []string{p.destination}
-	if data := p.dataFile(); data != "" {
-		names = append(names, data)
+	o, err := p.create.options(nil)
+	if err != nil {
+		return err
+	}
+	names, err := o.Files(p.create.format, p.destination)
+	if err == nil {
+		err = t.spare(sources, names...)
+	}
+	if err != nil {
+		return err
 	}
 	var existing []string
 	for _, name := range names {
-		path, local := image.LocalPath(name)
-		if _, err := os.Lstat(path); local && errors.Is(err, os.ErrNotExist) {
-			t.created = append(t.created, path)
+		if _, err := os.Lstat(name); errors.Is(err, os.ErrNotExist) && !nbd.IsURI(name) {
+			t.created = append(t.created, name)
 		} else {
 			existing = append(existing, name)
 		}
 	}
-	err := createImage(ctx, &t.flags.open, p.create, p.destination, false, io.Discard)
+	err = createImage(ctx, &t.flags.open, p.create, p.destination, false, io.Discard)
 	if errors.Is(err, storage.ErrLocked) {
 		t.created = nil // somebody else made it in the meantime
 	}
@@ -123,8 +114,8 @@ func (t *target) create(ctx context.Context, size int64) error {
 	return err
 }
 
-// describe tells the job what is known about the target. chains are the backing chains of the sources.
-func (t *target) describe(o *jobs.ConvertOptions, chains [][]image.Layer) {
+// describe tells the job what is known about the target.
+func (t *target) describe(o *jobs.ConvertOptions, sources []*image.Image) {
 	layers := t.img.Chain()
 	o.TargetIsZero = t.flags.targetIsZero
 	overlay := t.flags.backing != ""
@@ -136,10 +127,10 @@ func (t *target) describe(o *jobs.ConvertOptions, chains [][]image.Layer) {
 	default: // whether or not it is preallocated
 		o.TargetIsZero = image.CreatedZero(t.img.Format(), t.plan.destination)
 	}
-	if !overlay || len(layers) < 2 || len(chains) > 1 || len(chains[0]) < 2 {
+	chain := sources[0].Chain()
+	if !overlay || len(layers) < 2 || len(sources) > 1 || len(chain) < 2 {
 		return
 	}
-	chain := chains[0]
 	// What the source has from the target's backing file need not be copied. Unless that file is found deeper
 	// down the source's chain, it is taken for a copy of the source's own backing file.
 	o.SkipDepth = 1
