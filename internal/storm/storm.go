@@ -89,9 +89,9 @@ func (s *Storm) Step(r *rand.Rand) error {
 			_, err := s.Device.WriteAt(p, off)
 			return err
 		})
-	case op < 12 && s.Device.Limits().Compress:
+	case op < 12 && s.Device.Limits().Compress && whole+s.Cluster <= size: // a short one must be the last, and disks grow
 		c := &Claim{ID: Unnamed}
-		n = min(s.Cluster, size-whole)
+		n = s.Cluster
 		return s.Change("compressed write", c, whole, n, func() error {
 			p := make([]byte, n)
 			for at := int64(0); at < n; at += storage.SectorSize {
