@@ -146,16 +146,7 @@ func TestRepairOfManyDuplicates(t *testing.T) {
 	}
 	for fail := 1; ; fail++ {
 		f, base := damaged(t, full)
-		writes := 0
-		_, err := Check(watchedFile{File: boundedFile{f, end, end}, onWrite: func(int64, []byte) error {
-			if writes++; writes >= fail {
-				return syscall.EIO
-			}
-			return nil
-		}}, CheckOptions{Repair: RepairAll})
-		if (err != nil) != (writes >= fail) {
-			t.Fatalf("failing from write %d on: %v", fail, err)
-		}
+		whole := repairFailing(t, boundedFile{f, end, end}, fail)
 		res, again := Check(boundedFile{f, end, end}, CheckOptions{Repair: RepairAll})
 		must(t, again)
 		if res.Corruptions != 0 {
@@ -164,7 +155,7 @@ func TestRepairOfManyDuplicates(t *testing.T) {
 		im := opened(t, f, Options{Base: base})
 		must(t, diff(get(t, im, 0, 64<<10), bytes.Repeat(filled(6, 4096), 16)))
 		must(t, im.Close())
-		if err == nil {
+		if whole {
 			break
 		}
 	}
@@ -357,4 +348,21 @@ func TestDetectHoles(t *testing.T) {
 		}
 		must(t, im.Close())
 	}
+}
+
+// repairFailing repairs a file of which every write from number fail on fails; whole says that there were fewer. The
+// repair has to fail if one of them did, and only then.
+func repairFailing(t *testing.T, f storage.File, fail int) (whole bool) {
+	t.Helper()
+	writes := 0
+	_, err := Check(watchedFile{File: f, onWrite: func(int64, []byte) error {
+		if writes++; writes >= fail {
+			return syscall.EIO
+		}
+		return nil
+	}}, CheckOptions{Repair: RepairAll})
+	if (err != nil) != (writes >= fail) {
+		t.Fatalf("failing from write %d on: %v", fail, err)
+	}
+	return err == nil
 }

@@ -3,7 +3,6 @@ package fvd
 import (
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 
 	"github.com/platter-disk/platter/storage"
@@ -191,20 +190,11 @@ func TestJournalOfCleanImage(t *testing.T) {
 			want := append(filled(1, 64<<10), contents(t, base.f)[64<<10:]...)
 			for fail := 1; ; fail++ {
 				left := clone(f)
-				writes := 0
-				_, err := Check(watchedFile{File: left, onWrite: func(int64, []byte) error {
-					if writes++; writes >= fail {
-						return syscall.EIO
-					}
-					return nil
-				}}, CheckOptions{Repair: RepairAll})
-				if (err != nil) != (writes >= fail) {
-					t.Fatalf("failing from write %d on: %v", fail, err)
-				}
+				whole := repairFailing(t, left, fail)
 				im := opened(t, left, Options{Base: borrowedDevice{base}})
 				must(t, diff(get(t, im, 0, int64(len(want))), want))
 				must(t, im.Close())
-				if err == nil {
+				if whole {
 					if res := checked(t, left, RepairNone); len(res.Findings) > 0 {
 						t.Errorf("after the repair: %+v", res.Findings)
 					}

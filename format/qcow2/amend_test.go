@@ -2,7 +2,6 @@ package qcow2
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -291,18 +290,7 @@ func TestAmendCrash(t *testing.T) {
 					return nil
 				},
 			}
-			r, err := crashlab.Explore(context.Background(), sc, crashlab.Options{States: fewer(800), Seed: 1})
-			if err != nil {
-				t.Fatal(err)
-			}
-			if len(r.Violations) > 0 {
-				var text bytes.Buffer
-				if err := r.WriteText(&text); err != nil {
-					t.Fatal(err)
-				}
-				t.Fatal(text.String())
-			}
-			t.Logf("explored %d of %s states", r.Explored, r.Possible)
+			exploreCrashes(t, sc)
 		})
 	}
 }
