@@ -34,7 +34,11 @@ func (a *Activity) begin() {
 	}
 }
 
+// end notes that a request is answered; a nil Activity had none.
 func (a *Activity) end() {
+	if a == nil {
+		return
+	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.waiting--; a.waiting == 0 {

@@ -42,9 +42,8 @@ type CopyOnReadStats struct {
 // CopyOnRead is an Overlay that keeps what its guest reads from the base image. The guest's read is answered first.
 type CopyOnRead struct {
 	Overlay
-	o     CopyOnReadOptions
-	guest *Activity
-
+	o                                    CopyOnReadOptions
+	guest                                atomic.Pointer[Activity] // nil: nobody wants to know
 	outstanding, baseRead, kept, dropped atomic.Int64
 	broken                               atomic.Pointer[error]
 
@@ -60,7 +59,7 @@ func NewCopyOnRead(over Overlay, o CopyOnReadOptions) *CopyOnRead {
 	if o.MaxOutstanding == 0 {
 		o.MaxOutstanding = DefaultMaxOutstanding
 	}
-	c := &CopyOnRead{Overlay: over, o: o, guest: newActivity(systemClock{}), copies: make(chan *flight, copyQueue)}
+	c := &CopyOnRead{Overlay: over, o: o, copies: make(chan *flight, copyQueue)}
 	for range copyWorkers {
 		c.done.Go(c.keep)
 	}
@@ -76,8 +75,20 @@ func (c *CopyOnRead) Stats() CopyOnReadStats {
 	return s
 }
 
-// Guest tells when requests to c are under way, those aside that TryReadAt answers.
-func (c *CopyOnRead) Guest() *Activity { return c.guest }
+// Guest tells, from its first call on, when requests to c are under way, those aside that TryReadAt answers.
+func (c *CopyOnRead) Guest() *Activity {
+	c.guest.CompareAndSwap(nil, newActivity(systemClock{}))
+	return c.guest.Load()
+}
+
+// request notes that a request began; end must be called on what it returns.
+func (c *CopyOnRead) request() *Activity {
+	g := c.guest.Load()
+	if g != nil {
+		g.begin()
+	}
+	return g
+}
 
 // nextInBase is the first run of [off, end) that lives in the base image; n is 0 if there is none.
 func (c *CopyOnRead) nextInBase(off, end int64) (start, n int64) {
@@ -93,8 +104,7 @@ func (c *CopyOnRead) nextInBase(off, end int64) (start, n int64) {
 
 // ReadAt implements block.Device.
 func (c *CopyOnRead) ReadAt(p []byte, off int64) (int, error) {
-	c.guest.begin()
-	defer c.guest.end()
+	defer c.request().end()
 	if off < 0 || off >= c.BaseSize() {
 		return c.Overlay.ReadAt(p, off)
 	}
@@ -231,40 +241,35 @@ func (c *CopyOnRead) Announce(off, n int64) (finished func(), ok bool) {
 
 // WriteAt implements block.Device.
 func (c *CopyOnRead) WriteAt(p []byte, off int64) (int, error) {
-	c.guest.begin()
-	defer c.guest.end()
+	defer c.request().end()
 	defer c.flights.changed(off, int64(len(p)))
 	return c.Overlay.WriteAt(p, off)
 }
 
 // WriteCompressed implements block.Device.
 func (c *CopyOnRead) WriteCompressed(p []byte, off int64) error {
-	c.guest.begin()
-	defer c.guest.end()
+	defer c.request().end()
 	defer c.flights.changed(off, int64(len(p)))
 	return c.Overlay.WriteCompressed(p, off)
 }
 
 // WriteZeroes implements block.Device.
 func (c *CopyOnRead) WriteZeroes(off, n int64, flags block.ZeroFlags) error {
-	c.guest.begin()
-	defer c.guest.end()
+	defer c.request().end()
 	defer c.flights.changed(off, n)
 	return c.Overlay.WriteZeroes(off, n, flags)
 }
 
 // Discard implements block.Device.
 func (c *CopyOnRead) Discard(off, n int64) error {
-	c.guest.begin()
-	defer c.guest.end()
+	defer c.request().end()
 	defer c.flights.changed(off, n)
 	return c.Overlay.Discard(off, n)
 }
 
 // Flush implements block.Device.
 func (c *CopyOnRead) Flush() error {
-	c.guest.begin()
-	defer c.guest.end()
+	defer c.request().end()
 	return c.Overlay.Flush()
 }
 

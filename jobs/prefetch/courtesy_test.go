@@ -177,7 +177,7 @@ func TestRequestsOfTheGuest(t *testing.T) {
 	c := NewCopyOnRead(Guard(disk, GuardedOptions{Unit: 4096, BaseSize: disk.Size()}), CopyOnReadOptions{})
 	defer c.Close()
 	clock := newFakeClock()
-	c.guest = newActivity(clock)
+	c.guest.Store(newActivity(clock))
 	disk.beforeRead = func() { clock.advance(time.Second) }
 	p := make([]byte, 4096)
 	_, err := c.ReadAt(p, 0)
