@@ -8,6 +8,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/platter-disk/platter/format/fvd"
@@ -194,7 +195,7 @@ func TestPauseAndStop(t *testing.T) {
 	paused := make(chan struct{}, 1)
 	reads := 0
 	var p *Prefetcher
-	p = New(g, Options{PerPrefetch: 65536, Trace: func(e Event) {
+	p = New(g, Options{PerPrefetch: 65536, Throttle: -1, Trace: func(e Event) {
 		switch e.Kind {
 		case EventRead:
 			if reads++; reads == 4 {
@@ -230,6 +231,27 @@ func TestPauseAndStop(t *testing.T) {
 	if s := again.Status(); s.Read != left {
 		t.Errorf("the second run read %d bytes, %d were left", s.Read, left)
 	}
+}
+
+// TestPauseEndsWithItsContext: what waits for the user wakes when its own context ends, which may be after the context
+// of Run ended (an image in a user's pause once never closed).
+func TestPauseEndsWithItsContext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newLayered(1<<20, 65536)
+		p := New(Guard(d, GuardedOptions{BaseSize: d.Size()}), Options{})
+		p.Pause()
+		ctx, cancel := context.WithCancel(t.Context())
+		var err error
+		go func() { err = p.awaitResume(ctx) }()
+		synctest.Wait()
+		must(t, err)
+		cancel()
+		synctest.Wait()
+		if !errors.Is(err, context.Canceled) {
+			t.Errorf("still waiting: %v", err)
+			p.Resume()
+		}
+	})
 }
 
 // TestResumeEndsWaiting: Resume starts it before its delay is over, and Pause holds it before it began.

@@ -51,7 +51,7 @@ type Prefetcher struct {
 	o    Options
 
 	mu           sync.Mutex
-	wake         sync.Cond // the user resumed, or the context ended
+	wake         sync.Cond // the user resumed, or the context of one that waits for that ended
 	status       Status
 	stopped      bool   // by the user
 	cut          func() // ends the present wait; nil: there is none
@@ -130,12 +130,6 @@ func (p *Prefetcher) wait(ctx context.Context, d time.Duration) error {
 // Run prefetches until nothing lives in the base image any more and the disk is detached from it, or the context
 // ends, or a copy cannot be kept: then prefetching is over until the disk is next opened. It may be called once.
 func (p *Prefetcher) Run(ctx context.Context) error {
-	stop := context.AfterFunc(ctx, func() {
-		p.mu.Lock()
-		p.wake.Broadcast()
-		p.mu.Unlock()
-	})
-	defer stop()
 	err := p.run(ctx)
 	switch {
 	case err == nil:
@@ -327,6 +321,13 @@ func (p *Prefetcher) breathe(ctx context.Context, drain func() error) error {
 
 // awaitResume waits for the user to resume.
 func (p *Prefetcher) awaitResume(ctx context.Context) error {
+	// On this very context: when one that it descends from ends, it may still live while that one's functions run.
+	stop := context.AfterFunc(ctx, func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.wake.Broadcast()
+	})
+	defer stop()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for p.stopped && ctx.Err() == nil {
