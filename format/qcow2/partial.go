@@ -112,6 +112,26 @@ func (p *partial) sectors(from, to int64) (n int64, written bool) {
 	return to - from, written
 }
 
+// maxBridge is how many bytes of the guest's between two stretches to fill are rather written once more with those than
+// left out: fewer than another write call costs.
+const maxBridge = 16 << 10
+
+// stretch returns how far from from on, a sector that is missing, up to to, one write fills what is missing.
+func (p *partial) stretch(from, to int64) int64 {
+	n, _ := p.sectors(from, to)
+	end := from + n
+	for end < to {
+		n, _ := p.sectors(end, to)
+		if n > maxBridge || end+n == to {
+			break
+		}
+		end += n
+		n, _ = p.sectors(end, to)
+		end += n
+	}
+	return end - from
+}
+
 // units has bit i set for every allocatable piece (subcluster, or the whole cluster) the guest wrote into.
 func (p *partial) units(g *geometry) uint64 {
 	var mask uint64
@@ -166,7 +186,7 @@ func (im *Image) readPartial(p *partial, buf []byte, off guestOff) error {
 			s := span{kind: kindNormal, host: p.host + hostOff(in)}
 			err = im.readSpan(buf[:n], off, &s)
 		} else {
-			err = im.readSource(buf[:n], off)
+			err = im.readFill(p, buf[:n], off)
 		}
 		if err != nil {
 			return err
@@ -269,7 +289,8 @@ func (im *Image) fill(p *partial, units uint64) error {
 				buf = bufpool.Get(int(g.clusterSize))
 				defer buf.Put()
 			}
-			if err := im.readFill(p, buf.B[:n], p.at+guestOff(in)); err != nil {
+			n = p.stretch(in, end)
+			if err := im.readPartial(p, buf.B[:n], p.at+guestOff(in)); err != nil {
 				return err
 			}
 			if err := im.writeData(buf.B[:n], p.host+hostOff(in)); err != nil {
@@ -281,7 +302,8 @@ func (im *Image) fill(p *partial, units uint64) error {
 	return nil
 }
 
-// readFill reads what lies underneath a cluster; past the end of the disk that is zeros.
+// readFill reads what lies underneath a part of a cluster that the guest did not write; past the end of the disk that
+// is zeros.
 func (im *Image) readFill(p *partial, buf []byte, off guestOff) error {
 	inside := max(min(int64(len(buf)), im.size.Load()-int64(off)), 0)
 	clear(buf[inside:])
