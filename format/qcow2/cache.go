@@ -183,8 +183,8 @@ func (s *tableSlice) decode(buf []byte) {
 	}
 }
 
-// uncached returns a view of the slice at start that is nobody else's. The caller knows that it is not cached
-// and that nobody changes it: of an image that takes no more changes.
+// uncached returns a view of the slice at start that is nobody else's. The caller has found that it is not cached, and
+// counts on nothing but the words of guest ranges that it holds: others may change meanwhile, in the cache.
 func (c *tableCache) uncached(start hostOff) (view, error) {
 	raw := bufpool.Get(int(c.bytes))
 	defer raw.Put()

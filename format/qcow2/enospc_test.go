@@ -202,3 +202,48 @@ func TestJournalWaitsForSpace(t *testing.T) {
 	}
 	checkClean(t, file)
 }
+
+// TestReadsNeedNoSpace: reads go on while changed tables fill the cache and there is no space to write them to.
+func TestReadsNeedNoSpace(t *testing.T) {
+	for _, how := range Disciplines() {
+		t.Run(how, func(t *testing.T) {
+			const cluster, size = 512, 4 << 20 // an L2 table maps 32 KiB
+			file := &fullDisk{File: storage.NewMemory("image")}
+			if err := Create(file, CreateOptions{Size: size, ClusterSize: cluster}); err != nil {
+				t.Fatal(err)
+			}
+			o := Options{Discipline: how, Discard: true, JournalSize: 1, JournalCommitInterval: -1, L2CacheSize: 1}
+			im, err := Open(keepOpen{file}, Options{}) // leaves no room where a journal was
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := bytes.Repeat([]byte("data"), size/4)
+			if _, err := im.WriteAt(want, 0); err != nil {
+				t.Fatal(err)
+			}
+			if err := im.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if im, err = Open(keepOpen{file}, o); err != nil {
+				t.Fatal(err)
+			}
+			file.full.Store(true)
+			for at := int64(0); at < size; at += 64 * cluster { // a discard changes a table and needs no space
+				if err := im.Discard(at, cluster); err == nil {
+					clear(want[at : at+cluster])
+				} else if !errors.Is(err, syscall.ENOSPC) {
+					t.Fatal(err)
+				}
+			}
+			got := make([]byte, size)
+			if _, err := im.ReadAt(got, 0); err != nil || !bytes.Equal(got, want) {
+				t.Errorf("the disk holds something else (%v)", err)
+			}
+			file.full.Store(false)
+			if err := im.Close(); err != nil {
+				t.Fatal(err)
+			}
+			checkClean(t, file)
+		})
+	}
+}

@@ -55,11 +55,8 @@ func (im *Image) view(start hostOff, tryOnly bool) (view, error) {
 		if tryOnly {
 			return v, storage.ErrWouldBlock
 		}
-		if im.failed() != nil {
+		if im.failed() != nil || im.discipline.writeback() != nil {
 			return im.tables.uncached(start) // nothing can be written to make room, but reads go on
-		}
-		if err := im.discipline.writeback(); err != nil && im.failed() == nil {
-			return v, err
 		}
 	}
 }
