@@ -146,7 +146,7 @@ func (g *Guest) FlushWith(verb string, do func() error) error {
 }
 
 // Resize changes the size of the disk through do. The new part reads as zeros; what a smaller size cuts off is
-// gone. No other request may be in flight.
+// gone, at once with the change of size and not before. No other request may be in flight.
 func (g *Guest) Resize(size int64, do func() error) error {
 	r, err := g.issue(fmt.Sprintf("resize to %d bytes", size), func(r *request, _ uint32) error {
 		g.sizes = append(g.sizes, sizeValue{r, size})
@@ -154,7 +154,7 @@ func (g *Guest) Resize(size int64, do func() error) error {
 			if start := g.watch.sector(slot) * storage.SectorSize; start+storage.SectorSize > size {
 				data := *g.latest(slot)
 				clear(data[max(size-start, 0):])
-				g.values[slot] = append(g.values[slot], value{req: r, data: &data})
+				g.values[slot] = append(g.values[slot], value{req: r, data: &data, cut: true})
 			}
 		}
 		return nil

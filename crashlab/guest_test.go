@@ -66,7 +66,7 @@ func (g *Guest) afterCrash() []int {
 		}
 		view := append([]byte(nil), g.initial...)
 		copy(view, s[:])
-		if o.rules[0].has(s[:]) || o.rules[0].initial && tag == 1000 {
+		if o.rules[0].has(s[:], 0) || o.rules[0].initial && tag == 1000 {
 			tags = append(tags, tag)
 		}
 	}
@@ -286,6 +286,22 @@ func TestResize(t *testing.T) {
 	if g.Check() == nil {
 		t.Error("what was cut off came back, and nobody noticed")
 	}
+}
+
+// TestResizeIsOneChange: a crash leaves what is cut off, or the smaller disk.
+func TestResizeIsOneChange(t *testing.T) {
+	g, _ := newPlain(t, 4, 0)
+	must(t, g.Write(1024, 1024), g.Flush())
+	must(t, g.Resize(1024, func() error {
+		o := g.oracle(g.now() - 1)
+		whole := append(append([]byte(nil), g.initial[:1024]...), g.latest(2)[:]...)
+		whole = append(whole, g.latest(3)[:]...)
+		gone := append(append([]byte(nil), g.initial[:1024]...), make([]byte, 1024)...)
+		if err := o.Judge(gone, 2048); err == nil {
+			t.Error("what was cut off is gone from the whole disk, and nobody noticed")
+		}
+		return errors.Join(o.Judge(gone, 1024), o.Judge(whole, 1024))
+	}))
 }
 
 func mustWatch(t *testing.T, size int64) *watch {

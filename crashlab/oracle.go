@@ -24,6 +24,15 @@ type value struct {
 	req  *request
 	data *sector
 	weak bool // the sector may as well keep what it had: a discard without a promise
+	cut  bool // by a change of size, which is one with it: a disk that still has its size still has this too
+}
+
+// since is the issue of the change of size that a value comes with, or 0.
+func (v *value) since() int {
+	if v.cut {
+		return v.req.issue
+	}
+	return 0
 }
 
 // sizeValue is one size of the guest disk.
@@ -42,7 +51,7 @@ func (r *request) inPlace(bound int) bool { return r.ok && r.end < bound }
 
 // allowed returns which of a sector's values it may hold, where false as a first result rules out the initial
 // contents. upTo is the first event that has not happened.
-func allowed(values []value, upTo, bound int) (initial bool, rest []*sector) {
+func allowed(values []value, upTo, bound int) (initial bool, rest []possible) {
 	latest := -1 // issue of the last write in place
 	for _, v := range values {
 		if !v.weak && v.req.inPlace(bound) {
@@ -50,8 +59,8 @@ func allowed(values []value, upTo, bound int) (initial bool, rest []*sector) {
 		}
 	}
 	for _, v := range values {
-		if v.req.issue < upTo && v.req.end >= latest && !slices.Contains(rest, v.data) {
-			rest = append(rest, v.data)
+		if c := (possible{v.data, v.since()}); v.req.issue < upTo && v.req.end >= latest && !slices.Contains(rest, c) {
+			rest = append(rest, c)
 		}
 	}
 	return latest < 0, rest
@@ -59,15 +68,22 @@ func allowed(values []value, upTo, bound int) (initial bool, rest []*sector) {
 
 // Oracle knows what each watched sector of the guest disk may hold at one moment. Safe for concurrent use.
 type Oracle struct {
-	g     *Guest
-	rules []rule // by slot
-	sizes []int64
+	g      *Guest
+	rules  []rule // by slot
+	sizes  []int64
+	issues []int // of the requests that may have given the disk these sizes, 0 for the size it began with
 }
 
 // rule is the set of contents a sector may have.
 type rule struct {
 	initial bool
-	rest    []*sector
+	rest    []possible
+}
+
+// possible is one content of a sector, on a disk whose size comes from a request issued at since or later.
+type possible struct {
+	data  *sector
+	since int
 }
 
 // oracle returns what a crash after event may leave to the guest.
@@ -100,11 +116,11 @@ func (g *Guest) rules(upTo, bound int) *Oracle {
 		}
 	}
 	if latest < 0 {
-		o.sizes = append(o.sizes, g.initialSize)
+		o.sizes, o.issues = append(o.sizes, g.initialSize), append(o.issues, 0)
 	}
 	for _, v := range g.sizes {
 		if v.req.issue < upTo && v.req.end >= latest {
-			o.sizes = append(o.sizes, v.size)
+			o.sizes, o.issues = append(o.sizes, v.size), append(o.issues, v.req.issue)
 		}
 	}
 	return o
@@ -115,28 +131,34 @@ func (o *Oracle) Judge(view []byte, size int64) error {
 	if !slices.Contains(o.sizes, size) {
 		return fmt.Errorf("the disk has %d bytes; allowed: %d", size, o.sizes)
 	}
+	newest := 0 // issue of the last request that may have given the disk its size
+	for i, issue := range o.issues {
+		if o.sizes[i] == size {
+			newest = max(newest, issue)
+		}
+	}
 	for slot := range o.rules {
 		got := view[slot*storage.SectorSize:][:storage.SectorSize]
 		r := &o.rules[slot]
 		if r.initial && bytes.Equal(got, o.g.initialOf(slot)) {
 			continue
 		}
-		if r.has(got) {
+		if r.has(got, newest) {
 			continue
 		}
 		if sector := o.g.watch.sector(slot); sector*storage.SectorSize < size {
 			if n := size - sector*storage.SectorSize; n < storage.SectorSize && o.fits(slot, got[:n]) {
 				continue
 			}
-			return o.wrong(slot, got)
+			return o.wrong(slot, got, newest)
 		}
 	}
 	return nil
 }
 
-func (r *rule) has(got []byte) bool {
-	for _, s := range r.rest {
-		if bytes.Equal(got, s[:]) {
+func (r *rule) has(got []byte, newest int) bool {
+	for _, c := range r.rest {
+		if c.since <= newest && bytes.Equal(got, c.data[:]) {
 			return true
 		}
 	}
@@ -147,11 +169,11 @@ func (r *rule) has(got []byte) bool {
 func (o *Oracle) fits(slot int, got []byte) bool {
 	r := &o.rules[slot]
 	return r.initial && bytes.HasPrefix(o.g.initialOf(slot), got) ||
-		slices.ContainsFunc(r.rest, func(s *sector) bool { return bytes.HasPrefix(s[:], got) })
+		slices.ContainsFunc(r.rest, func(c possible) bool { return bytes.HasPrefix(c.data[:], got) })
 }
 
 // wrong describes a sector that holds what it must not.
-func (o *Oracle) wrong(slot int, got []byte) error {
+func (o *Oracle) wrong(slot int, got []byte, newest int) error {
 	o.g.mu.Lock()
 	defer o.g.mu.Unlock()
 	r := &o.rules[slot]
@@ -159,8 +181,10 @@ func (o *Oracle) wrong(slot int, got []byte) error {
 	if r.initial {
 		want = append(want, o.g.describe(slot, o.g.initialOf(slot)))
 	}
-	for _, s := range r.rest {
-		want = append(want, o.g.describe(slot, s[:]))
+	for _, c := range r.rest {
+		if c.since <= newest {
+			want = append(want, o.g.describe(slot, c.data[:]))
+		}
 	}
 	return fmt.Errorf("guest sector %d holds %s; allowed: %s",
 		o.g.watch.sector(slot), o.g.describe(slot, got), strings.Join(want, ", or "))

@@ -49,8 +49,8 @@ type Options struct {
 	// only by programs that know these checksums.
 	JournalDataChecksums bool
 
-	// Interrupt is asked now and then while Resize lays out space; the error that it returns ends that, and the disk
-	// keeps its size. Nil never does.
+	// Interrupt is asked now and then while Resize lays out space, or gives it up; the error that it returns ends
+	// that. Nil never does.
 	Interrupt func() error
 
 	Mutant Mutant // "": none. For crash exploration only

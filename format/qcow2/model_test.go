@@ -278,8 +278,11 @@ func (w *world) step(f fataler, r *rand.Rand) {
 		}
 	case 15:
 		if r.IntN(6) == 0 && size < 8<<20 {
-			grown := size + 512*r.Int64N(3*w.cfg.create.ClusterSize/512+40)
-			err := w.im.Resize(grown, block.PreallocOff)
+			now := size + 512*r.Int64N(3*w.cfg.create.ClusterSize/512+40)
+			if r.IntN(3) == 0 {
+				now = size - 512*r.Int64N(size/1024+1)
+			}
+			err := w.im.Resize(now, block.PreallocOff)
 			if h := w.im.Header(); h.Version == 2 && h.NbSnapshots > 0 {
 				if err == nil {
 					f.Fatalf("a version 2 image with snapshots changed its size")
@@ -287,12 +290,14 @@ func (w *world) step(f fataler, r *rand.Rand) {
 				return
 			}
 			if err != nil {
-				f.Fatalf("resize to %d: %v", grown, err)
+				f.Fatalf("resize from %d to %d: %v", size, now, err)
 			}
-			w.want = append(w.want, make([]byte, grown-size)...)
+			w.want = append(w.want[:min(now, size)], make([]byte, max(now-size, 0))...)
 		}
 	}
-	w.extentsAgree(f, off, min(n, int64(len(w.want))-off))
+	if n = min(n, int64(len(w.want))-off); n > 0 {
+		w.extentsAgree(f, off, n)
+	}
 }
 
 // extentsAgree compares what Extents says with what is there.

@@ -29,6 +29,7 @@ const (
 	MutantStaleCopied    Mutant = "stale-copied-on-apply"         // an applied tree has the COPIED bits of before
 	MutantInPlaceL1      Mutant = "in-place-l1"                   // a snapshot is applied over the active L1 table
 	MutantMoveEarly      Mutant = "move-before-tables"            // the header points to moved tables before they are written
+	MutantShrinkLate     Mutant = "shrink-late"                   // what is cut off is given up before the disk is smaller
 )
 
 // Mutants lists the wrong orders that Options.Mutant takes and the disciplines that each applies to.
@@ -42,7 +43,8 @@ func Mutants() map[Mutant][]string {
 		MutantRingEarly: {Journal}, MutantSameSession: {Journal}, MutantRevokeIgnored: {Journal}, MutantOpstateIgnored: {Journal},
 		MutantSumsIgnored: {Journal}, MutantOverwriteEarly: {Journal},
 		MutantStaleCopied: {Synchronous, Ordered}, MutantInPlaceL1: inPlace,
-		MutantMoveEarly: {Synchronous, Ordered, Journal}, // under Lazy the tables are rebuilt
+		MutantMoveEarly:  {Synchronous, Ordered, Journal}, // under Lazy the tables are rebuilt
+		MutantShrinkLate: Disciplines(),
 	}
 }
 

@@ -10,22 +10,29 @@ import (
 	"github.com/platter-disk/platter/internal/bufpool"
 )
 
-// Resize grows the disk; the new part reads as zeros. size is in bytes and a multiple of 512. The disk cannot
-// shrink. An image whose snapshots do not record a size of their own (version 2), or that has persistent
-// dirty bitmaps, cannot change its size. Requests for the old part of the disk may go on meanwhile. A Resize that
-// fails, or is interrupted (Options.Interrupt), gives back what it has laid out; the disk keeps its size.
+// Resize changes the size of the disk, in bytes and a multiple of 512; a new part reads as zeros, and what lies past a
+// smaller size is lost. An image whose snapshots do not record a size of their own (version 2), or that has persistent
+// dirty bitmaps, cannot change its size. Requests for the part of the disk that stays may go on meanwhile.
+//
+// Growth that fails, or is interrupted (Options.Interrupt), gives back what it has laid out; the disk keeps its size.
+// A disk shrinks in one durable step; what lay past its end is given up after that, and Close cuts the file off behind
+// what is left. If that fails or is interrupted the disk is smaller, and the image keeps some of the space until the
+// next time it shrinks. A smaller disk takes no preallocation.
 func (im *Image) Resize(size int64, prealloc block.Preallocation) error {
 	im.resizing.Lock()
 	defer im.resizing.Unlock()
-	if err := im.checkResize(size); err != nil {
+	if err := im.checkResize(size, prealloc); err != nil {
 		return err
 	}
 	if err := im.checkChange("resize", 0, 0); err != nil {
 		return err
 	}
 	old := im.size.Load()
-	if size == old {
+	switch {
+	case size == old:
 		return nil
+	case size < old:
+		return im.shrink(size)
 	}
 	if err := im.growL1(im.geo.l1Needed(size)); err != nil {
 		return err
@@ -53,14 +60,14 @@ func (im *Image) changeSize(size int64) error {
 	return nil
 }
 
-func (im *Image) checkResize(size int64) error {
+func (im *Image) checkResize(size int64, prealloc block.Preallocation) error {
 	old := im.size.Load()
 	need := im.geo.l1Needed(size)
 	switch {
 	case size < 0 || size%sectorSize != 0:
 		return fmt.Errorf("%s: The new size must be a multiple of 512, not %d", im.file.Name(), size)
-	case size < old:
-		return fmt.Errorf("%s: shrinking from %d to %d bytes: %w", im.file.Name(), old, size, errors.ErrUnsupported)
+	case size < old && prealloc != block.PreallocOff:
+		return fmt.Errorf("%s: preallocation of a disk that shrinks from %d to %d bytes: %w", im.file.Name(), old, size, errors.ErrUnsupported)
 	case need*8 > maxL1Bytes || need > maxL1Index:
 		return fmt.Errorf("%s: The image size is too large: %d bytes need %d L1 entries, at most %d fit",
 			im.file.Name(), size, need, maxL1Bytes/8)

@@ -80,14 +80,23 @@ func (im *Image) alone(what string) (done func(), err error) {
 		im.resizing.Unlock()
 		return nil, err
 	}
-	hold, err := im.hold(0, 1<<62, true)
+	hold, err := im.quiet()
 	if err != nil {
 		im.resizing.Unlock()
 		return nil, err
 	}
-	done = func() {
+	return func() {
 		im.locks.unlock(hold)
 		im.resizing.Unlock()
+	}, nil
+}
+
+// quiet waits until no request is under way, makes everything that was answered durable, and holds requests off until
+// the caller unlocks what it returns. The caller holds resizing.
+func (im *Image) quiet() (rangeHold, error) {
+	hold, err := im.hold(0, 1<<62, true)
+	if err != nil {
+		return rangeHold{}, err
 	}
 	err = im.failed()
 	for _, at := range im.partials.all() {
@@ -99,10 +108,10 @@ func (im *Image) alone(what string) (done func(), err error) {
 		err = im.discipline.flush()
 	}
 	if err != nil {
-		done()
-		return nil, err
+		im.locks.unlock(hold)
+		return rangeHold{}, err
 	}
-	return done, nil
+	return hold, nil
 }
 
 // aloneForSnapshot is alone for operations that an image with an external data file has no place for.

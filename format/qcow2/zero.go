@@ -79,6 +79,7 @@ const (
 	zeroKeep  zeroMode = iota // they stay allocated
 	zeroUnmap                 // they are freed
 	zeroOwn                   // they are freed, and say that they are zeros even where that makes no difference now
+	zeroDrop                  // they are freed, and say nothing: they lie past the end of the disk
 )
 
 // wholeUnits is the part of a range that consists of whole pieces of the given size.
@@ -337,6 +338,9 @@ func (im *Image) zeroPart(part *partial, at guestOff, from, to int64) error {
 // clusters.
 func (im *Image) zeroEntry(old mapping, from, to int64, mode zeroMode) (words []uint64, freed bool) {
 	g := &im.geo
+	if mode == zeroDrop {
+		return make([]uint64, g.entryWords), true
+	}
 	unallocated := old.entry&^entryCopied == 0 && old.bitmap == 0
 	if im.backing.get() == nil && unallocated && !g.dataFile && mode != zeroOwn {
 		return append([]uint64{uint64(old.entry)}, make([]uint64, g.entryWords-1)...), false

@@ -254,6 +254,9 @@ func TestSameChangesAsQemuImg(t *testing.T) {
 		{"resize n3.raw 3M", "n3.raw"},
 		{"resize n3.raw -1M", "n3.raw"},
 		{"resize --shrink -f raw n3.raw -1M", "n3.raw"},
+		{"resize --shrink n1.qcow2 25G", "n1.qcow2"},
+		{"resize --shrink n5.qcow2 -64k", "n5.qcow2"},
+		{"resize --shrink n9.qcow2 100k", "n9.qcow2"},
 		{"resize --preallocation=metadata n10.qcow2 2M", "n10.qcow2"},
 		{"resize --image-opts driver=qcow2,file.filename=n1.qcow2 +64k", "n1.qcow2"},
 

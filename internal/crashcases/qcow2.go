@@ -35,6 +35,7 @@ const (
 	reserve = 2
 
 	growSteps, growBy = 4, 96 * kib
+	shrinkSteps       = 4
 
 	// journalSums is the discipline journal with checksums of the data that a commit exposes.
 	journalSums = "journal-data-checksums"
@@ -146,6 +147,19 @@ func qcow2Workloads() []qcow2Workload {
 			create:   qcow2.CreateOptions{Size: 96 * kib, ClusterSize: 512, RefcountBits: 64},
 			emptied:  true, work: emptyWork,
 		},
+		{
+			Workload: Workload{Name: "shrink", Description: "the disk becomes smaller and larger again, and its tables come and go"},
+			create:   qcow2.CreateOptions{Size: 96 * kib, ClusterSize: 512, RefcountBits: 64},
+			discard:  true, work: shrinkWork,
+		}, {
+			Workload: Workload{Name: "shrink-overlay", Description: "the same over a backing file, which must not show through"},
+			create:   qcow2.CreateOptions{Size: 64 * kib, ClusterSize: 1024},
+			backing:  64 * kib, discard: true, work: shrinkWork,
+		}, {
+			Workload: Workload{Name: "shrink-data-file", Description: "the same with an external data file that is the disk at all times"},
+			create:   qcow2.CreateOptions{Size: 64 * kib, ClusterSize: 1024, DataFileRaw: true},
+			data:     true, discard: true, work: shrinkWork,
+		},
 		qcow2CopyOnRead(),
 	}
 }
@@ -170,6 +184,35 @@ func compressedWork(seed uint64) func(g *crashlab.Guest) error {
 				err = g.Flush()
 			}
 			if err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+}
+
+// shrinkWork lets a disk become smaller, down to nothing but its first clusters, and larger again between writes.
+func shrinkWork(seed uint64) func(g *crashlab.Guest) error {
+	return func(g *crashlab.Guest) error {
+		r := newRand(seed)
+		im := g.Subject().(*qcow2Subject).Image
+		size := im.Size()
+		resize := func(to int64) error {
+			return g.Resize(to, func() error { return im.Resize(to, block.PreallocOff) })
+		}
+		for range shrinkSteps {
+			mix := crashlab.Mix{Requests: 12, MaxLength: 16 * kib, Write: 8, Unmap: 1, Flush: 1, Seed: r.Uint64()}
+			if err := mix.Run(g); err != nil {
+				return err
+			}
+			if err := resize((1 + r.Int64N(size/512-1)) * 512); err != nil {
+				return err
+			}
+			mix.Requests, mix.MaxLength, mix.Seed = 4, 2*kib, r.Uint64()
+			if err := mix.Run(g); err != nil {
+				return err
+			}
+			if err := resize(size); err != nil {
 				return err
 			}
 		}
@@ -229,6 +272,7 @@ func qcow2Format() Format {
 		qcow2.MutantNoWAL: "churn", qcow2.MutantNoCheckpointB: "churn", qcow2.MutantRingEarly: "churn",
 		qcow2.MutantRevokeIgnored: "grow", qcow2.MutantStaleCopied: "snapshot", qcow2.MutantInPlaceL1: "snapshot-apply",
 		qcow2.MutantMoveEarly:      "empty",
+		qcow2.MutantShrinkLate:     "shrink",
 		qcow2.MutantOpstateIgnored: "snapshot-long",
 		qcow2.MutantSumsIgnored:    "overlay", qcow2.MutantOverwriteEarly: "overlay",
 	}
