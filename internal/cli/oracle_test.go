@@ -106,6 +106,9 @@ qemu-io -c "write -P9 192k 64k" ext.qcow2
 qemu-img create -q -f qcow2 -o extended_l2=on,compression_type=zstd,lazy_refcounts=on sub.qcow2 1M
 qemu-io -c "write 192k 2k" -c "write 196k 4k" -c "write -z 208k 2k" sub.qcow2
 qemu-img create -q -f qcow2 -o compat=0.10,cluster_size=4k old.qcow2 1M
+qemu-img create -q -f qcow2 -o cluster_size=4k maps.qcow2 1G
+qemu-img bitmap --add -g 512 maps.qcow2 fine
+qemu-img bitmap --add maps.qcow2 a-rather-long-name-of-a-bitmap
 qemu-img create -q -f qcow2 snap.qcow2 64M
 qemu-img snapshot -c first snap.qcow2
 qemu-img snapshot -c "a snapshot with a long name" snap.qcow2
@@ -194,6 +197,20 @@ func TestSameAsQemuImg(t *testing.T) {
 		"convert -F qcow2 -O raw top.qcow2 x.raw", "convert -B base.qcow2 -F qcow2 -O qcow2 empty.raw data.raw x.qcow2",
 		"convert empty.raw nodir/x.raw", "convert -C -S 4k empty.raw x.raw", "convert --skip-broken-bitmaps empty.raw x.raw",
 		"convert -n --target-is-zero empty.raw overraw.qcow2", "convert --image-opts -f raw empty.raw x.raw", "convert -6 a b",
+
+		"measure", "measure a b", "measure --size 1G empty.raw", "measure --size=", "measure --size x", "measure --size 9E", "measure -f raw --size 1",
+		"measure -l s --size 1", "measure --output=foo --size 1", "measure -O nope --size 1", "measure -O qcow2 -o cluster_size=3k --size 1",
+		"measure -O qcow2 nope", "measure -O qcow2 -l nope base.qcow2", "measure --size 1001", "measure -O qcow2 --size 0", "measure -O qcow2 --size 1001",
+		"measure -O qcow2 --size 17T", "measure -O qcow2 -o cluster_size=512 --size 100G", "measure -O qcow2 -o refcount_bits=1 --size 1T",
+		"measure -O qcow2 -o extended_l2=on --size 1T", "measure -O qcow2 -o preallocation=metadata --size 10G", "measure -O qcow2 -o preallocation=full --size 10G",
+		"measure -O qcow2 -o data_file=x.raw,data_file_raw=on --size 10G", "measure -O qcow2 -o backing_file=base.qcow2,backing_fmt=qcow2 --size 10G",
+		"measure empty.qcow2", "measure -O qcow2 data.raw", "measure -O qcow2 -o cluster_size=4k data.raw", "measure -O qcow2 base.qcow2",
+		"measure --output=json -O qcow2 base.qcow2", "measure -O qcow2 top.qcow2", "measure -O qcow2 -o size=7G top.qcow2",
+		"measure -O qcow2 -o backing_file=base.qcow2,backing_fmt=qcow2 top.qcow2", "measure -O qcow2 -o compat=0.10 top.qcow2",
+		"measure -O qcow2 --image-opts driver=qcow2,file.filename=base.qcow2", "measure -U --output=json empty.raw",
+		"measure -O qcow2 packed.qcow2", "measure -O qcow2 old.qcow2", "measure -O qcow2 -f raw old.qcow2",
+		"measure -O qcow2 sub.qcow2", "measure -O qcow2 -o extended_l2=on sub.qcow2", "measure -O qcow2 ext.qcow2", "measure -O qcow2 maps.qcow2",
+		"measure --output=json -O qcow2 -o cluster_size=512 maps.qcow2", "measure -O qcow2 -o compat=0.10 maps.qcow2", "measure maps.qcow2",
 
 		"resize", "resize empty.raw", "resize nope 1G", "resize empty.raw 1 2", "resize --preallocation=foo empty.qcow2 2M",
 		"resize empty.qcow2 abc", "resize empty.qcow2 +", "resize empty.qcow2 0", "resize --shrink empty.qcow2 -20G",
