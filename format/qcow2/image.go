@@ -299,9 +299,11 @@ func (im *Image) flush() error {
 	return im.discipline.flush()
 }
 
-// Close flushes, gives the reserve of host clusters back, and closes the image's files and its backing
+// Close waits for what is under way, flushes, gives the reserve of host clusters back, and closes the image's files and its backing
 // device.
 func (im *Image) Close() error {
+	im.resizing.Lock()
+	defer im.resizing.Unlock()
 	hold := im.locks.lock(0, 1<<62, true)
 	already := im.closed.Swap(true)
 	im.locks.unlock(hold)

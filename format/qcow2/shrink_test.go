@@ -332,3 +332,42 @@ func TestShrinkAndQemu(t *testing.T) {
 		})
 	}
 }
+
+// TestResizeAndClose: Close waits for a change of size under way, and leaves a closed image.
+func TestResizeAndClose(t *testing.T) {
+	for _, how := range Disciplines() {
+		t.Run(how, func(t *testing.T) {
+			for i := range fewer(200) {
+				file := storage.NewMemory("image")
+				if err := Create(file, CreateOptions{Size: 1 << 20, ClusterSize: 4096}); err != nil {
+					t.Fatal(err)
+				}
+				im, err := Open(keepOpen{file}, Options{Discipline: how, JournalSize: 1})
+				if err != nil {
+					t.Fatal(err)
+				}
+				if _, err := im.WriteAt(make([]byte, 8192), 4096); err != nil {
+					t.Fatal(err)
+				}
+				var eg errgroup.Group
+				eg.Go(func() error {
+					for size := int64(1 << 20); ; size ^= 3 << 20 {
+						if err := im.Resize(size, block.PreallocOff); errors.Is(err, block.ErrClosed) {
+							return nil
+						} else if err != nil {
+							return err
+						}
+					}
+				})
+				time.Sleep(time.Duration(i%20) * 50 * time.Microsecond)
+				if err := errors.Join(im.Close(), eg.Wait()); err != nil {
+					t.Fatal(err)
+				}
+				if h, err := ReadHeader(file); err != nil || h.Incompatible != 0 {
+					t.Fatalf("incompatible features %#x, %v", h.Incompatible, err)
+				}
+				checkClean(t, file)
+			}
+		})
+	}
+}
