@@ -148,8 +148,13 @@ func (a *allocator) aheadBatch() int64 {
 	return a.batch
 }
 
-// giveBack returns clusters that were taken and not linked. Whatever was written into them stays there.
+// giveBack returns clusters that were taken and not linked. Whatever was written into them stays there. Those of an image
+// that has failed are not handed out again: the update that was to link them may be in the tables all the same, and
+// requests that had begun still take clusters.
 func (a *allocator) giveBack(r freeRun) {
+	if a.im.failed() != nil {
+		return
+	}
 	r.zeroed = never
 	a.put(r)
 }

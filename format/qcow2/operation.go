@@ -58,5 +58,5 @@ func decodeOperation(b [opstateSize]byte, g *geometry) (o operation, ok bool) {
 		next: treePos{entry: int64(be.Uint32(b[20:])), chunk: int64(be.Uint64(b[24:]) & (1<<63 - 1))},
 	}
 	known := o.kind == opRaise || o.kind == opApply || o.kind == opDelete
-	return o, known && !g.dataFile && o.encode() == b && o.next.entry <= o.entries && o.next.chunk < g.tableChunks()
+	return o, known && o.encode() == b && o.next.entry <= o.entries && o.next.chunk < g.tableChunks()
 }

@@ -227,9 +227,13 @@ func (im *Image) single(c hostCluster) bool {
 }
 
 // flagWords is the update that gives the entries of a chunk the COPIED bits that want says. Without a change
-// it has no words. The caller holds mu and has the chunk pinned.
+// it has no words; clusters of an external data file have no counts that could change them. The caller holds mu and
+// has the chunk pinned.
 func (im *Image) flagWords(c chunk, want func(hostCluster) (bool, error)) (update, error) {
 	var u update
+	if im.geo.dataFile {
+		return u, nil
+	}
 	v := view{s: c.slice}
 	err := im.mappings(c, func(w int64, m mapping) error {
 		if !im.geo.hasHost(m) || im.geo.inCluster(int64(m.entry.offset())) != 0 {
