@@ -28,6 +28,7 @@ type chain struct {
 	layers  []Layer
 	devices []block.Device // of the layers
 	depth   int            // layers above this chain, when it is that of a data file
+	cached  bool           // a layer has the caches of qcow2
 }
 
 // identity tells files apart that have several names.
@@ -38,7 +39,7 @@ type identity struct {
 
 func (id identity) same(other identity) bool {
 	if id.info != nil && other.info != nil {
-		return sameInfo(id.info, other.info)
+		return locate(id.info).overlaps(locate(other.info))
 	}
 	return id.name == other.name
 }
@@ -187,6 +188,7 @@ func (c *chain) openQcow2(n *node, f storage.File, layer int) (dev block.Device,
 		Discipline: c.discipline(n, layer), JournalDataChecksums: layer == 0 && c.o.JournalDataChecksums, L2CacheSize: c.o.L2CacheSize, RefcountCacheSize: c.o.RefcountCacheSize,
 		Interrupt: c.o.Interrupt,
 	}
+	c.cached = true
 	if n.l2Cache != 0 {
 		o.L2CacheSize = n.l2Cache
 	}

@@ -17,6 +17,10 @@ import (
 
 // CreateOptions are the options of a new image. The embedded ones that are not Size or Preallocation, those of
 // the backing file, or DataFileName, are of qcow2 only; BackingSize and DataFile are filled in by Create.
+//
+//	var o image.CreateOptions
+//	o.Size = 10 << 30
+//	err := image.Create(ctx, "qcow2", "disk.qcow2", o)
 type CreateOptions struct {
 	// Size is in bytes. Negative, or 0 with a backing file, means that none was given: it is the size of the
 	// backing file then, and without one an error.

@@ -86,5 +86,14 @@ func errUnknownFormat(what, name string) error {
 	return &wordedError{fmt.Sprintf("Unknown %s '%s'", what, printable(name)), ErrUnsupportedFormat}
 }
 
+// errCaches refuses the size of a cache that only qcow2 has: the L2 cache's, or if that is 0 the refcount cache's.
+func errCaches(format string, l2Cache int64) error {
+	option := "l2-cache-size"
+	if l2Cache == 0 {
+		option = "refcount-cache-size"
+	}
+	return qemuError("Block format '%s' does not support the option '%s'", format, option)
+}
+
 // qemuError is fmt.Errorf for messages in QEMU's words, which scripts know; they begin with a capital.
 func qemuError(format string, args ...any) error { return fmt.Errorf(format, args...) }

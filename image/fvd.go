@@ -37,7 +37,7 @@ func (c *chain) openFVD(n *node, f storage.File, layer int) (dev block.Device, e
 		return nil, err
 	}
 	if n.l2Cache != 0 || n.refcountCache != 0 {
-		return nil, qemuError("Block format 'fvd' does not support the sizes of qcow2's caches")
+		return nil, errCaches(formatFVD, n.l2Cache)
 	}
 	mode, err := journalMode(c.discipline(n, layer))
 	if err != nil {
@@ -45,7 +45,7 @@ func (c *chain) openFVD(n *node, f storage.File, layer int) (dev block.Device, e
 	}
 	o := fvd.Options{
 		ReadOnly: n.readOnly, Writethrough: c.o.Writethrough || n.writethrough, Journal: mode,
-		AllowDirty: layer == 0 && c.o.AllowDirty,
+		AllowDirty: layer == 0 && c.o.AllowDirty, Interrupt: c.o.Interrupt,
 	}
 	defer func() {
 		if err == nil {
@@ -127,13 +127,13 @@ func (c *chain) openDataDisk(n *node, at *location, format string, layer int) (b
 	if err := checkFormat(format); err != nil {
 		return nil, err
 	}
-	o := Options{ReadOnly: n.readOnly, Share: n.share, Gate: c.o.Gate, Direct: c.o.Direct, Discard: true}
+	o := Options{ReadOnly: n.readOnly, Share: n.share, Gate: c.o.Gate, Direct: c.o.Direct, Discard: true, L2CacheSize: c.o.L2CacheSize, RefcountCacheSize: c.o.RefcountCacheSize}
 	if layer == 0 {
 		o.Wrap = c.o.Wrap
 	}
 	below := &chain{ctx: c.ctx, o: o, seen: c.seen, depth: c.depth + layer + 1}
 	result, err := below.open(&node{format: format, at: at, direct: n.direct}, nil)
-	c.seen = below.seen
+	c.seen, c.cached = below.seen, c.cached || below.cached
 	if err != nil {
 		return nil, fmt.Errorf("data file '%s': %w", printable(at.String()), err)
 	}
@@ -200,7 +200,7 @@ func isDevice(l *location) bool {
 // name from overwriting it.
 func createFVD(ctx context.Context, at *location, o CreateOptions, created *newFiles) (err error) {
 	fo := o.FVD
-	fo.Size, fo.Preallocation = o.Size, o.Preallocation
+	fo.Size, fo.Preallocation, fo.Interrupt = o.Size, o.Preallocation, ctx.Err
 	fo.BaseImage, fo.BaseFormat = o.BackingFile, o.BackingFormat
 	if o.BackingFile != "" {
 		below, _, err := parseReference(gate.Backing, at, o.BackingFile, besideImage)

@@ -102,6 +102,20 @@ func TestFVDWithoutBaseImage(t *testing.T) {
 	}
 }
 
+// The sizes of caches are for the layers of qcow2, wherever they are.
+func TestCacheSizesBelowFVD(t *testing.T) {
+	dir := t.TempDir()
+	create(t, "qcow2", filepath.Join(dir, "base"), sized(1<<20))
+	create(t, "fvd", filepath.Join(dir, "over"), fvdOptions(-1, "base", "qcow2", "", fvd.CreateOptions{}))
+	create(t, "fvd", filepath.Join(dir, "data"), fvdOptions(1<<20, "", "", "data.qcow2", fvd.CreateOptions{DataFormat: "qcow2"}))
+	for _, name := range []string{"base", "over", "data"} {
+		im := open(t, filepath.Join(dir, name), image.Options{L2CacheSize: 64 << 10})
+		if err := im.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 func TestFVDErrors(t *testing.T) {
 	dir := t.TempDir()
 	at := func(name string) string { return filepath.Join(dir, name) }
@@ -120,6 +134,8 @@ func TestFVDErrors(t *testing.T) {
 	wantError(t, "qcow2's discipline", openError(t, at("over"), image.Options{Discipline: "lazy"}), "immediate or buffered")
 	wantError(t, "cache sizes", openError(t, "driver=fvd,l2-cache-size=1M,file.filename="+at("over"), image.Options{}), "l2-cache-size")
 	wantError(t, "cache sizes after probing", openError(t, "driver=fvd,file.filename="+at("over"), image.Options{Format: "qcow2"}), "fvd")
+	wantError(t, "L2 cache", openError(t, at("over"), image.Options{L2CacheSize: 1 << 20}), "format 'fvd' does not support the option 'l2-cache-size'")
+	wantError(t, "refcount cache", openError(t, at("base"), image.Options{Format: "raw", RefcountCacheSize: 1 << 20}), "format 'raw' does not support the option 'refcount-cache-size'")
 	if err := os.Truncate(at("base"), 512); err != nil {
 		t.Fatal(err)
 	}

@@ -14,16 +14,24 @@
 //	   | writable, locked   |  through the   | read-only, shared  |  through the   |           |
 //	   +--------------------+     gate       +--------------------+     gate       +-----------+
 //
+// Create makes an image, Open opens one; the Image is a block.Device (package block says what can be done with it), and
+// has what only its format can behind Qcow2 and FVD. The examples are whole programs; docs/library.md of the repository
+// has them in one place.
+//
+// A name that comes from somebody else should be made an absolute path first, which is nothing but a path; whatever else
+// it looks like is taken for it, files of the host and servers included, and asks no gate.
+//
 // An image is untrusted: the files it names are opened only through the gate that the caller supplies
 // (package gate), chains end (1024 layers) and never form a cycle, and a disk whose format was only guessed to
 // be raw cannot be turned into another format by what is written to it (package raw).
 //
-// Only the top layer is opened for writing (but see Options.WritableBacking). It holds the locks of a writer and the layers below those of
-// readers, so that several overlays share a backing file and nobody writes it meanwhile (package storage).
+// Only the top layer is opened for writing (but see Options.WritableBacking). It holds the locks of a writer and the
+// layers below those of readers, so that several overlays share a backing file and nobody writes it meanwhile (package storage).
 package image
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/platter-disk/platter/block"
@@ -44,7 +52,11 @@ type Options struct {
 	NameIsOptions bool
 
 	ReadOnly bool
-	Share    bool // with ReadOnly: tolerate that another process is writing the image
+	// Share, with ReadOnly, tolerates that another process is writing the image; without it that is an error that wraps
+	// storage.ErrLocked. Tables that change meanwhile are not followed: what is read is from no single moment and may be
+	// wrong. It is for looking at an image; to copy a disk that is in use, have its process serve it, or copy a snapshot
+	// (qcow2.Image.SnapshotDevice).
+	Share bool
 
 	// Gate decides which files the image may refer to. Nil is gate.SameDirectory: a set of files in one
 	// directory works, and an image from elsewhere reaches nothing.
@@ -59,8 +71,8 @@ type Options struct {
 	// JournalDataChecksums, for qcow2's discipline journal, is that option of package qcow2.
 	JournalDataChecksums bool
 
-	L2CacheSize       int64 // bytes, each qcow2 layer; 0 for its default
-	RefcountCacheSize int64 // bytes; 0 for the default
+	L2CacheSize       int64 // bytes, each qcow2 layer, of which there must be one; 0 for its default
+	RefcountCacheSize int64 // bytes, likewise; 0 for the default
 
 	Direct       bool // bypass the page cache of local files
 	Writethrough bool // every change is durable when it is reported done
@@ -77,7 +89,7 @@ type Options struct {
 	// Nil: writes fail when it is full. The command that an image may name for this is never executed.
 	GrowStorage func(full string, need int64) error
 
-	// Interrupt is asked now and then while Resize lays out space in a qcow2 or raw image; the error that it returns
+	// Interrupt is asked now and then while Resize lays out space; the error that it returns
 	// ends that, and the disk keeps its size. Nil never does.
 	Interrupt func() error
 
@@ -115,7 +127,9 @@ type Layer struct {
 	Offset, Length int64
 }
 
-// Open opens the image called name, and everything below it. Errors are of type *NameError.
+// Open opens the image called name, and everything below it. An image that was not closed properly is recovered first,
+// in memory alone if it is to be ReadOnly. Errors are of type *NameError; IsInvalid, gate.ErrRefused, storage.ErrLocked
+// and the errors of the operating system tell why. ctx matters until Open returns.
 func Open(ctx context.Context, name string, o Options) (*Image, error) {
 	im, err := open(ctx, name, o)
 	if err != nil {
@@ -147,6 +161,9 @@ func open(ctx context.Context, name string, o Options) (*Image, error) {
 	top, err := c.open(n, nil)
 	if err != nil {
 		return nil, err
+	}
+	if !c.cached && (o.L2CacheSize != 0 || o.RefcountCacheSize != 0) {
+		return nil, errors.Join(errCaches(n.format, o.L2CacheSize), top.dev.Close())
 	}
 	return &Image{Device: top.dev, name: name, file: top.file, probed: top.probedRaw, layers: c.layers, devices: c.devices, files: c.seen}, nil
 }

@@ -82,7 +82,7 @@ func TestNBDEndsWithContext(t *testing.T) {
 	if err == nil {
 		im.Close()
 	}
-	if !errors.Is(err, context.DeadlineExceeded) || time.Since(start) > 10*time.Second {
+	if !errors.Is(err, context.DeadlineExceeded) || time.Since(start) > 29*time.Second { // connecting may take 30 s by default
 		t.Errorf("%v after %v", err, time.Since(start))
 	}
 }

@@ -2,6 +2,7 @@ package image
 
 import (
 	"io/fs"
+	"math"
 	"net"
 	"net/netip"
 	"os"
@@ -12,19 +13,18 @@ import (
 )
 
 // SameFile tells whether two paths or URIs, such as those of a Layer, are known to lead to the same bytes: one file
-// under two names, one block device by two nodes, one NBD export in two spellings.
+// under two names, one block device by two nodes, a loop device and the whole file behind it, one NBD export in two
+// spellings.
 func SameFile(a, b string) bool {
-	if a == b || sameExport(a, b, strings.EqualFold) {
-		return true
-	}
-	infoA, errA := os.Stat(a)
-	infoB, errB := os.Stat(b)
-	return errA == nil && errB == nil && sameInfo(infoA, infoB)
+	return a == b || sameExport(a, b, strings.EqualFold) || compareRegions(a, b, region.same)
 }
 
-// mayBeSame is SameFile for those who are about to overwrite one of the two: the names of this machine count as one.
+// mayBeSame tells whether two paths or URIs may lead to the same bytes, if only to some, for those who are about to
+// overwrite one of the two: a loop device and its file overlap, a disk and its partition do, and the names of this
+// machine count as one.
 func mayBeSame(a, b string) bool {
-	return SameFile(a, b) || sameExport(a, b, func(a, b string) bool { return isLoopback(a) && isLoopback(b) })
+	return a == b || compareRegions(a, b, region.overlaps) ||
+		sameExport(a, b, func(a, b string) bool { return strings.EqualFold(a, b) || isLoopback(a) && isLoopback(b) })
 }
 
 // isAmong tells whether a path or URI may lead to one of files.
@@ -32,14 +32,34 @@ func isAmong(files []identity, name string) bool {
 	return slices.ContainsFunc(files, func(f identity) bool { return mayBeSame(f.name, name) })
 }
 
-// sameInfo tells whether two files are one, or nodes of one block device.
-func sameInfo(a, b fs.FileInfo) bool {
-	if os.SameFile(a, b) {
-		return true
-	}
-	deviceA, okA := deviceNumber(a)
-	deviceB, okB := deviceNumber(b)
-	return okA && okB && deviceA == deviceB
+// compareRegions compares where the bytes of two files lie; false if one of them is not there.
+func compareRegions(a, b string, how func(a, b region) bool) bool {
+	infoA, errA := os.Stat(a)
+	infoB, errB := os.Stat(b)
+	return errA == nil && errB == nil && how(locate(infoA), locate(infoB))
+}
+
+// region is where the bytes of a file or of a block device lie: a range of a file, or of a device that is not itself a
+// part or an image of something else.
+type region struct {
+	file       fs.FileInfo
+	device     string // number of the device; "" for a file
+	start, end int64  // bytes; end is math.MaxInt64 for as far as it goes
+}
+
+func wholeFile(info fs.FileInfo) region { return region{file: info, end: math.MaxInt64} }
+
+// inOneStorage tells whether the two are ranges of one file or device.
+func (r region) inOneStorage(other region) bool {
+	return r.device == other.device && (r.device != "" || os.SameFile(r.file, other.file))
+}
+
+func (r region) same(other region) bool {
+	return r.inOneStorage(other) && r.start == other.start && r.end == other.end
+}
+
+func (r region) overlaps(other region) bool {
+	return r.inOneStorage(other) && r.start < other.end && other.start < r.end
 }
 
 // sameExport tells whether two names are URIs of one NBD export, hosts being compared by sameHost. Encrypted or not,

@@ -301,7 +301,7 @@ func (a *allocator) extend() error {
 		return err
 	}
 	if int64(a.limit) >= maxChunks {
-		return fmt.Errorf("fvd image %s: all %d chunk numbers are used: %w", a.m.name, maxChunks, syscall.ENOSPC)
+		return a.errNoNumbers()
 	}
 	if have <= int64(a.limit) {
 		if have, err = a.enlarge(); err != nil {
@@ -353,6 +353,41 @@ func (a *allocator) trim() error {
 	return a.m.dataSync.wait()
 }
 
+// reserve enlarges storage that can grow so that n more chunks can be taken from it.
+func (a *allocator) reserve(n int64) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	have, err := a.stored()
+	if err != nil || have > int64(a.limit) { // storage of unknown contents: extend zeroes it bit by bit
+		return err
+	}
+	most := int64(a.next) + n - int64(len(a.clean)+a.freeCount+len(a.punched)+len(a.quarantine))
+	if most <= int64(a.limit) {
+		return nil
+	}
+	if most > maxChunks {
+		return a.errNoNumbers()
+	}
+	size := int64(a.m.g.chunkData(chunkID(most)))
+	switch err := a.m.data.resize(size); {
+	case err == nil:
+		a.limit = chunkID(most)
+		return a.m.dataSync.wait()
+	case a.grow != nil:
+		return nil // it is asked when the chunks are taken
+	default:
+		return a.errGrow(size, err)
+	}
+}
+
+func (a *allocator) errNoNumbers() error {
+	return fmt.Errorf("fvd image %s: all %d chunk numbers are used: %w", a.m.name, maxChunks, syscall.ENOSPC)
+}
+
+func (a *allocator) errGrow(size int64, err error) error {
+	return fmt.Errorf("fvd image %s: growing the data storage to %d bytes: %w", a.m.name, size, noSpace(err))
+}
+
 // enlarge grows the storage by its grow unit and returns how many chunks it then has, all new ones zero; or asks
 // the caller's grow function and returns 0.
 func (a *allocator) enlarge() (int64, error) {
@@ -367,7 +402,7 @@ func (a *allocator) enlarge() (int64, error) {
 			continue
 		}
 		if a.grow == nil {
-			return 0, fmt.Errorf("fvd image %s: growing the data storage to %d bytes: %w", a.m.name, size, noSpace(err))
+			return 0, a.errGrow(size, err)
 		}
 		if err := a.grow(unit * a.m.g.chunkSize); err != nil {
 			return 0, fmt.Errorf("fvd image %s: growing the data storage: %w", a.m.name, noSpace(err))

@@ -133,7 +133,10 @@ func amend(f storage.File, h *Header, settings []Setting) error {
 		return &FieldError{"max_outstanding_copy_on_read_data", 3224, "0", "above 0; copy_on_read=off stops copying"}
 	}
 	if !old.CleanShutdown && (old.JournalSize > 0 || len(settings) != 1 || settings[0].Name != "clean_shutdown") {
-		return ErrNotClean
+		if old.JournalSize == 0 && (old.hasBitmap() || old.hasTable()) {
+			return fmt.Errorf("%w; check it, and then set clean_shutdown alone", ErrNotClean)
+		}
+		return fmt.Errorf("%w; a repair, or opening it for writing and closing it, makes it clean", ErrNotClean)
 	}
 	if h.BaseImage != old.BaseImage {
 		if err := h.changeBase(&old, given["base_length"]); err != nil {

@@ -148,7 +148,7 @@ func TestInfoOfHugeTables(t *testing.T) {
 	spent := allocated(func() {
 		info, err := ReadInfo(f)
 		must(t, err)
-		if info.Chunks != entries || info.ChunksAllocated != entries-1 {
+		if *info.Chunks != entries || *info.ChunksAllocated != entries-1 {
 			t.Errorf("%+v", info)
 		}
 	})

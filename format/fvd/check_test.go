@@ -3,12 +3,14 @@ package fvd
 import (
 	"bytes"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/platter-disk/platter/storage"
 )
@@ -225,9 +227,52 @@ func TestInfo(t *testing.T) {
 	f, _ := damaged(t, func(*storage.Memory, *Header) {})
 	info, err := ReadInfo(f)
 	must(t, err)
-	if !info.Compact || info.ChunksAllocated != 16 || info.Chunks != 64 || info.Blocks != 25 || info.BlocksInBase != 9 ||
+	if !info.Compact || *info.ChunksAllocated != 16 || *info.Chunks != 64 || *info.Blocks != 25 || *info.BlocksInBase != 9 ||
 		info.BaseImage != "base" || !info.CleanShutdown || info.VirtualSize != 256<<10 || !info.JournalTrailer {
 		t.Errorf("info: %+v", info)
+	}
+}
+
+// TestInfoTellsZeros: counts that are 0 are told, those that have no meaning are not.
+func TestInfoTellsZeros(t *testing.T) {
+	for name, c := range map[string]struct {
+		o    CreateOptions
+		base int64
+		want map[string]float64
+	}{
+		"flat":    {CreateOptions{JournalBufferDelay: time.Second}, 0, map[string]float64{}},
+		"compact": {CreateOptions{Compact: true, JournalBufferDelay: time.Nanosecond}, 0, map[string]float64{"chunks": 1, "chunks-allocated": 0, "journal-buffer-period": 0}},
+		"overlay": {CreateOptions{BlockSize: 512 << 10}, 1 << 20, map[string]float64{"blocks": 2, "blocks-in-base": 2, "journal-buffer-period": 5000}},
+		"moved over": {CreateOptions{BlockSize: 512 << 10, DetectSparseHole: 512 << 10, JournalBuffer: -1}, 1 << 20,
+			map[string]float64{"blocks": 2, "blocks-in-base": 0}},
+	} {
+		c.o.Size = 1 << 20
+		if c.base > 0 {
+			c.o.Base, c.o.BaseImage = newRAM(c.base), "base"
+		}
+		f := made(t, c.o)
+		for _, detached := range []bool{false, true} {
+			if detached {
+				if name != "moved over" {
+					continue
+				}
+				im := opened(t, f, Options{Base: c.o.Base})
+				must(t, im.DetachBase())
+				must(t, im.Close())
+			}
+			info, err := ReadInfo(f)
+			must(t, err)
+			text, err := json.Marshal(info)
+			must(t, err)
+			var got map[string]any
+			must(t, json.Unmarshal(text, &got))
+			for _, key := range []string{"chunks", "chunks-allocated", "blocks", "blocks-in-base", "journal-buffer-period"} {
+				want, known := c.want[key]
+				if value, told := got[key]; told != known || known && value != want {
+					t.Errorf("%s, detached %v: %s is %v", name, detached, key, value)
+				}
+			}
+		}
 	}
 }
 

@@ -69,6 +69,9 @@ type CreateOptions struct {
 	PlainJournal bool
 
 	Preallocation block.Preallocation
+	// Interrupt is asked now and then while zeros are looked for and space is laid out; the error that it returns ends
+	// that. Nil never does.
+	Interrupt func() error
 
 	MaxMetadata int64 // bytes: an image that Open would refuse with this limit is not made; 0: DefaultMaxMetadata
 }
@@ -95,7 +98,7 @@ func Create(f storage.File, o CreateOptions) error {
 
 // reopen are the options to open the image just created without taking anything over.
 func (o *CreateOptions) reopen() Options {
-	oo := Options{MaxMetadata: o.MaxMetadata}
+	oo := Options{MaxMetadata: o.MaxMetadata, Interrupt: o.Interrupt}
 	if o.Base != nil {
 		oo.Base = borrowedDevice{o.Base}
 	}
@@ -235,7 +238,10 @@ func (o *CreateOptions) check() error {
 		{"journal_size", o.JournalSize, -maxVirtualSize, maxVirtualSize},
 		{"journal_buf_size", o.JournalBuffer, -maxVirtualSize, journalBatch},
 	} {
-		if n.v < n.lo || n.v > n.max {
+		switch {
+		case n.v > n.max && n.lo < 0:
+			return fmt.Errorf("option %s is %d, want at most %d", n.name, n.v, n.max)
+		case n.v < n.lo || n.v > n.max:
 			return fmt.Errorf("option %s is %d, want %d to %d", n.name, n.v, n.lo, n.max)
 		}
 	}
@@ -276,6 +282,9 @@ func lcm(a, b int64) int64 {
 // create writes an image with header h: data storage, tables, and the header last.
 func create(f storage.File, h *Header, o *CreateOptions) error {
 	g := h.geometry()
+	if err := o.fit(f, h); err != nil {
+		return err
+	}
 	fixed := f.Truncate(0) != nil // a block device
 	if err := zeroStore(fileStore{f}, 0, headerSize, false, false); err != nil {
 		return err
@@ -286,7 +295,7 @@ func create(f storage.File, h *Header, o *CreateOptions) error {
 	m := &metadata{g: g, name: f.Name(), file: f, header: h}
 	m.fresh = newBitset(g.blocks())
 	if o.DetectSparseHole > 0 && h.hasBitmap() {
-		if err := m.detectHoles(o.Base, roundUp(o.DetectSparseHole, g.blockSize)); err != nil {
+		if err := m.detectHoles(o.Base, roundUp(o.DetectSparseHole, g.blockSize), o.Interrupt); err != nil {
 			return err
 		}
 	}
@@ -304,6 +313,40 @@ func create(f storage.File, h *Header, o *CreateOptions) error {
 		return err
 	}
 	return f.Sync()
+}
+
+// fit finds out whether the files can hold the image, while they still hold what they held before.
+func (o *CreateOptions) fit(f storage.File, h *Header) error {
+	meta, data := int64(headerSize), int64(0)
+	for _, r := range h.regions() {
+		meta = max(meta, int64(r.off+r.size))
+	}
+	switch g := h.geometry(); {
+	case !g.compact():
+		data = g.size
+	case o.Preallocation != block.PreallocOff:
+		data = int64(g.chunks()) * g.chunkSize
+	}
+	if o.Data != nil {
+		if err := fitFile(o.Data, data); err != nil {
+			return err
+		}
+	} else if o.DataDevice == nil && data > 0 {
+		meta = max(meta, int64(h.DataOffset)+data)
+	}
+	return fitFile(f, meta)
+}
+
+// fitFile makes f at least need bytes long, if it can be.
+func fitFile(f storage.File, need int64) error {
+	have, err := f.Size()
+	if err != nil || have >= need {
+		return err
+	}
+	if err := f.Truncate(need); err != nil {
+		return fmt.Errorf("%s has %d bytes, it needs %d: %w", f.Name(), have, need, err)
+	}
+	return nil
 }
 
 // createData makes the data storage read as zeros. Where the storage has a fixed size and a past, that is done
@@ -343,11 +386,16 @@ func (o *CreateOptions) createData(f storage.File, h *Header, fixed bool) error 
 
 // detectHoles marks the blocks of every unit of the base image that is zero (FVD specification 2.8); what is
 // left over at its end is not looked at.
-func (m *metadata) detectHoles(base block.Device, unit int64) error {
+func (m *metadata) detectHoles(base block.Device, unit int64, interrupt func() error) error {
 	buf := bufpool.Get(int(min(unit, ioUnit)))
 	defer buf.Put()
 	whole := roundDown(min(base.Size(), int64(m.g.baseSize)), unit)
 	for off := int64(0); off < whole; off += unit {
+		if interrupt != nil {
+			if err := interrupt(); err != nil {
+				return err
+			}
+		}
 		zero, err := isZero(base, off, unit, buf.B)
 		if err != nil {
 			return fmt.Errorf("looking for zeros in the base image: %w", err)

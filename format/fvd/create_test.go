@@ -35,8 +35,8 @@ func TestPreallocation(t *testing.T) {
 					must(t, err)
 					info, err := ReadInfo(f)
 					must(t, err)
-					if want := int64(16); compact && how != block.PreallocOff && info.ChunksAllocated != want || !info.CleanShutdown {
-						t.Errorf("%d chunks are mapped, clean %v", info.ChunksAllocated, info.CleanShutdown)
+					if want := int64(16); compact && how != block.PreallocOff && *info.ChunksAllocated != want || !info.CleanShutdown {
+						t.Errorf("chunks are not mapped, or not clean: %+v", info)
 					}
 					im := opened(t, f, Options{Data: o.Data, DataDevice: o.DataDevice})
 					must(t, diff(get(t, im, 0, 1<<20), make([]byte, 1<<20)))

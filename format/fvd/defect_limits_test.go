@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/platter-disk/platter/block"
+	"github.com/platter-disk/platter/internal/testenv"
 	"github.com/platter-disk/platter/storage"
 )
 
@@ -250,7 +251,7 @@ func TestD30_WaitingCheckpointStallsNobody(t *testing.T) {
 	select {
 	case err := <-done:
 		must(t, err)
-	case <-time.After(10 * time.Second):
+	case <-time.After(testenv.Patience):
 		t.Error("a write and a flush wait for a checkpoint that waits for another")
 		left++
 	}

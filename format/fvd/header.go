@@ -3,6 +3,7 @@ package fvd
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 )
 
@@ -153,9 +154,13 @@ func (h *Header) fields() []field {
 	}
 }
 
-// FieldError reports a header field that cannot be.
+// ErrDamaged is wrapped by the errors of opening an image whose table or journal cannot be; errors about the header
+// are of type *FieldError.
+var ErrDamaged = errors.New("the image is damaged")
+
+// FieldError reports a header field that cannot be, or a file that is too short for a header.
 type FieldError struct {
-	Field  string // name in the FVD specification
+	Field  string // name in the FVD specification; "header" for all of it
 	Offset int    // byte in the header
 	Found  string
 	Want   string
@@ -182,14 +187,14 @@ func Probe(head []byte) bool {
 // magic, version, booleans, terminated strings. Header.validate checks the rest.
 func decodeHeader(b []byte) (*Header, error) {
 	if len(b) < headerEnd {
-		return nil, fmt.Errorf("fvd header: the file has %d bytes, a header takes %d", len(b), headerEnd)
+		return nil, &FieldError{"header", 0, fmt.Sprintf("%d bytes long", len(b)), fmt.Sprintf("%d bytes", headerEnd)}
 	}
 	le := binary.LittleEndian
 	switch m := le.Uint32(b); m {
 	case magicFVD, magicFVDSwapped:
 	case magicJanuary:
-		return nil, fmt.Errorf("fvd header: magic is %#08x: an image of the January 2011 FVD driver, "+
-			"whose header and journal differ; this format is not supported", m)
+		return nil, &FieldError{"magic", 0, fmt.Sprintf("%#08x, of the January 2011 FVD driver, whose header and journal differ", m),
+			fmt.Sprintf("%#08x", magicFVD)}
 	default:
 		return nil, &FieldError{"magic", 0, fmt.Sprintf("%#08x", m), fmt.Sprintf("%#08x (\"FVD\\0\")", magicFVD)}
 	}

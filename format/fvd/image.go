@@ -64,6 +64,10 @@ type Options struct {
 	// fails with ENOSPC. It must not use the image. The command in an image's add_storage_cmd is never executed.
 	GrowStorage func(need int64) error
 
+	// Interrupt is asked now and then while Resize lays out space; the error that it returns ends that, and the disk
+	// keeps its size. Nil never does.
+	Interrupt func() error
+
 	// MaxMetadata bounds the memory for bitmap and table, in bytes; 0: DefaultMaxMetadata. What keeps track of the
 	// storage takes a bit a chunk more, of which as much is allowed again; replaying a journal that changes
 	// mappings takes twice the table for a while.
@@ -93,6 +97,7 @@ type Image struct {
 	readOnly     bool
 	writethrough bool
 	zeroInit     bool
+	interrupt    func() error // Options.Interrupt
 	replay       Replay
 	updates      sync.Pool // *update
 }

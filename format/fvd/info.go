@@ -24,21 +24,22 @@ type Info struct {
 	DataFile      string `json:"data-file,omitempty"`
 	DataFormat    string `json:"data-file-fmt,omitempty"`
 
-	JournalSize    int64 `json:"journal-size"`
-	JournalBuffer  int64 `json:"journal-buffer-size"`
-	JournalPeriod  int64 `json:"journal-buffer-period,omitempty"` // ms
-	JournalTrailer bool  `json:"journal-checksums"`
-	CleanShutdown  bool  `json:"clean-shutdown"`
-	NeedZeroInit   bool  `json:"need-zero-init"`
+	JournalSize    int64  `json:"journal-size"`
+	JournalBuffer  int64  `json:"journal-buffer-size"`
+	JournalPeriod  *int64 `json:"journal-buffer-period,omitempty"` // ms; nil without a buffer
+	JournalTrailer bool   `json:"journal-checksums"`
+	CleanShutdown  bool   `json:"clean-shutdown"`
+	NeedZeroInit   bool   `json:"need-zero-init"`
 
 	FullyPrefetched bool          `json:"base-image-fully-prefetched"`
 	Prefetch        *PrefetchInfo `json:"prefetching,omitempty"` // only while there is a base image
 
-	// Counts as the tables on disk have them; an image that was not closed cleanly may have more in its journal.
-	Chunks          int64 `json:"chunks,omitempty"`
-	ChunksAllocated int64 `json:"chunks-allocated,omitempty"`
-	Blocks          int64 `json:"blocks,omitempty"`
-	BlocksInBase    int64 `json:"blocks-in-base,omitempty"`
+	// Counts as the tables on disk have them; an image that was not closed cleanly may have more in its journal. Those
+	// of chunks are nil without a table, those of blocks without a bitmap.
+	Chunks          *int64 `json:"chunks,omitempty"`
+	ChunksAllocated *int64 `json:"chunks-allocated,omitempty"`
+	Blocks          *int64 `json:"blocks,omitempty"`
+	BlocksInBase    *int64 `json:"blocks-in-base,omitempty"`
 }
 
 // PrefetchInfo is what an image says of copy-on-read and prefetching. Sizes are bytes, rates KB/s, times ms.
@@ -78,25 +79,33 @@ func ReadInfo(f storage.File) (*Info, error) {
 	info := &Info{
 		VirtualSize: g.size, Compact: g.compact(), ChunkSize: g.chunkSize, BlockSize: g.blockSize,
 		BaseImage: h.BaseImage, BaseFormat: h.BaseFormat, BaseSize: int64(h.BaseSize), DataFile: h.DataFile, DataFormat: h.DataFormat,
-		JournalSize: g.journalLen, JournalBuffer: int64(min(h.JournalBuffer, maxVirtualSize)), JournalTrailer: g.trailer,
-		JournalPeriod: int64(min(h.JournalBufferPeriod, maxVirtualSize)), AddStorageCmd: h.AddStorageCmd,
-		CleanShutdown: h.CleanShutdown, NeedZeroInit: h.NeedZeroInit, FullyPrefetched: h.FullyPrefetched,
-		Chunks: int64(g.chunks()), Blocks: int64(g.blocks()),
+		JournalSize: g.journalLen, JournalTrailer: g.trailer,
+		AddStorageCmd: h.AddStorageCmd, CleanShutdown: h.CleanShutdown, NeedZeroInit: h.NeedZeroInit, FullyPrefetched: h.FullyPrefetched,
+	}
+	if g.journalLen > 0 {
+		info.JournalBuffer = int64(min(h.JournalBuffer, maxVirtualSize))
+	}
+	if info.JournalBuffer > 0 {
+		info.JournalPeriod = new(int64(min(h.JournalBufferPeriod, maxVirtualSize)))
 	}
 	m := &metadata{g: g, name: f.Name(), file: f, header: h}
+	if g.blocks() > 0 {
+		inBase := int64(0)
+		if !h.FullyPrefetched {
+			info.Prefetch = h.prefetchInfo()
+			if inBase, err = m.countBase(); err != nil {
+				return nil, err
+			}
+		}
+		info.Blocks, info.BlocksInBase = new(int64(g.blocks())), &inBase
+	}
 	if g.compact() {
 		info.GrowUnit = int64(h.GrowUnit)
-	}
-	if g.blocks() > 0 && !h.FullyPrefetched {
-		info.Prefetch = h.prefetchInfo()
-		if info.BlocksInBase, err = m.countBase(); err != nil {
+		mapped, err := m.countMapped()
+		if err != nil {
 			return nil, err
 		}
-	}
-	if g.compact() {
-		if info.ChunksAllocated, err = m.countMapped(); err != nil {
-			return nil, err
-		}
+		info.Chunks, info.ChunksAllocated = new(int64(g.chunks())), &mapped
 	}
 	return info, nil
 }

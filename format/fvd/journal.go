@@ -354,7 +354,8 @@ func (p *packer) add(s *span) bool {
 	return true
 }
 
-// recordable is the beginning of the span that one kind of record can tell: mappings and bits, or bits alone.
+// recordable is the beginning of the span that one kind of record can tell: mappings and bits, or bits alone. Of
+// mappings it looks at no more than a sector holds: it is asked once for every sector.
 func (p *packer) recordable(s span) span {
 	if !s.entries {
 		return s
@@ -362,7 +363,7 @@ func (p *packer) recordable(s span) span {
 	first, last := p.j.m.g.chunkRange(s.off, s.end)
 	s.entries = p.tells(first, &s)
 	for c := first + 1; c < last; c++ {
-		if p.tells(c, &s) != s.entries {
+		if s.entries && c-first == sectorSize/4 || p.tells(c, &s) != s.entries {
 			s.end = p.j.m.g.chunkStart(c)
 			break
 		}

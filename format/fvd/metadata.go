@@ -228,6 +228,17 @@ func (m *metadata) mapChunks(first, last chunkIndex) error {
 	return nil
 }
 
+// reserve makes room in the storage for what mapChunks will place there, all at once.
+func (m *metadata) reserve(first, last chunkIndex) error {
+	need := int64(0)
+	for c := first; c < last; c++ {
+		if !m.table.get(c).mapped() {
+			need++
+		}
+	}
+	return m.alloc.reserve(need)
+}
+
 // unmapChunk takes the mapping of a chunk away and returns what it named; ok is false if there was none.
 func (m *metadata) unmapChunk(c chunkIndex) (id chunkID, ok bool) {
 	m.alloc.mu.Lock()

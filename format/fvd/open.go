@@ -75,7 +75,7 @@ func assemble(f storage.File, h *Header, o *Options) (*Image, error) {
 		return nil, fmt.Errorf("fvd image %s: %w", f.Name(), fmt.Errorf(format, args...))
 	}
 	m := &metadata{g: h.geometry(), name: f.Name(), file: f, header: h, guard: newGuard(), crc: castagnoliTable(), mutant: o.Mutant}
-	im := &Image{m: m, readOnly: o.ReadOnly, writethrough: o.Writethrough}
+	im := &Image{m: m, readOnly: o.ReadOnly, writethrough: o.Writethrough, interrupt: o.Interrupt}
 	im.updates.New = func() any { return new(update) }
 	im.size.Store(m.g.size)
 
@@ -200,7 +200,7 @@ func (im *Image) recover(o *Options) (epoch, error) {
 	}
 	im.replay = replay
 	if o.StrictJournal && replay.anomalies > 0 {
-		return 0, fmt.Errorf("fvd image %s: %d anomalies in the journal, the first: %s", m.name, replay.anomalies, replay.Anomalies[0])
+		return 0, fmt.Errorf("fvd image %s: %w: %d anomalies in the journal, the first: %s", m.name, ErrDamaged, replay.anomalies, replay.Anomalies[0])
 	}
 	next = max(next, highest+1)
 	return next, im.epochsLeft(next)
@@ -209,7 +209,7 @@ func (im *Image) recover(o *Options) (epoch, error) {
 // epochsLeft refuses to open an image for writing that has not enough epochs left (D-22).
 func (im *Image) epochsLeft(next epoch) error {
 	if next > maxEpoch-epochReserve && !im.readOnly && im.m.g.journalLen > 0 {
-		return fmt.Errorf("fvd image %s: journal epochs are used up (next is %d)", im.m.name, next)
+		return fmt.Errorf("fvd image %s: %w: journal epochs are used up (next is %d)", im.m.name, ErrDamaged, next)
 	}
 	return nil
 }
@@ -230,7 +230,8 @@ func (im *Image) loadStorage(o *Options) error {
 	}
 	var bad error
 	u, err := m.scanTable(stored, func(c chunkIndex, e entry, fault tableFault) bool {
-		bad = fmt.Errorf("fvd image %s: table entry of chunk %d names chunk %#x, which %s; checking the image tells more", m.name, c, uint32(e), tableFaultNames[fault])
+		bad = fmt.Errorf("fvd image %s: %w: table entry of chunk %d names chunk %#x, which %s; checking the image tells more",
+			m.name, ErrDamaged, c, uint32(e), tableFaultNames[fault])
 		return false
 	})
 	if err = errors.Join(err, bad); err != nil {

@@ -109,8 +109,8 @@ func TestPopulateZeros(t *testing.T) {
 	must(t, im.Close())
 	info, err := ReadInfo(f)
 	must(t, err)
-	if info.ChunksAllocated != 2 {
-		t.Errorf("%d chunks are stored, want 2", info.ChunksAllocated)
+	if *info.ChunksAllocated != 2 {
+		t.Errorf("%d chunks are stored, want 2", *info.ChunksAllocated)
 	}
 	im = opened(t, f, Options{})
 	_, err = im.WriteAt([]byte("y"), chunk+5) // a chunk of zeros gets a place

@@ -1,6 +1,7 @@
 package fvd
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/platter-disk/platter/block"
@@ -8,39 +9,65 @@ import (
 
 // Resize implements block.Device. Disks only grow: bits and mappings of a part that is cut off could come back
 // from the journal. Where the table has no room for the new chunks it is moved (D-25). Requests
-// wait until the new part is laid out as prealloc says.
+// wait until the new part is laid out as prealloc says. A Resize that fails, or is interrupted (Options.Interrupt),
+// gives back what it has laid out; the disk keeps its size.
 func (im *Image) Resize(size int64, prealloc block.Preallocation) error {
 	if !im.m.guard.pause() {
 		return block.ErrClosed
 	}
 	defer im.m.guard.resume(false)
-	old := im.Size()
-	if err := im.grow(size); err != nil {
+	if im.readOnly {
+		return im.errResize(size, block.ErrReadOnly)
+	}
+	if err := im.m.failed(); err != nil {
 		return err
 	}
-	return im.preallocate(old, size, prealloc)
+	switch old := im.m.g.size; {
+	case size == old:
+		return nil
+	case size < old:
+		return im.unsupported(fmt.Sprintf("shrinking from %d to %d bytes", old, size))
+	}
+	if err := im.checkGrow(size); err != nil {
+		return im.errResize(size, err)
+	}
+	return im.grow(size, prealloc)
+}
+
+func (im *Image) errResize(size int64, err error) error {
+	return fmt.Errorf("fvd image %s: resize to %d bytes: %w", im.m.name, size, err)
+}
+
+// checkGrow refuses what grow cannot do, while nothing has changed yet.
+func (im *Image) checkGrow(size int64) error {
+	m := im.m
+	if size%sectorSize != 0 || size > maxVirtualSize {
+		return fmt.Errorf("want a multiple of %d up to %d", sectorSize, int64(maxVirtualSize))
+	}
+	if !m.g.compact() {
+		h := m.headerCopy()
+		h.VirtualSize = uint64(size)
+		end, err := m.file.Size()
+		if err != nil {
+			return err
+		}
+		return h.validateRegions(end) // regions behind the data area stay in the way
+	}
+	entries := chunkIndex(ceilDiv(size, m.g.chunkSize))
+	if entries > maxChunks {
+		return fmt.Errorf("in chunks of %d bytes that takes more than %d chunks", m.g.chunkSize, maxChunks)
+	}
+	if least := minJournalSize(int64(entries), m.g.trailer); m.g.journalLen > 0 && m.g.journalLen < least {
+		return fmt.Errorf("that needs a journal of %d bytes, there are %d", least, m.g.journalLen)
+	}
+	grown := m.g
+	grown.size = size
+	return grown.fits(m.maxMemory)
 }
 
 // grow makes the disk larger. The caller has the image to itself.
-func (im *Image) grow(size int64) error {
+func (im *Image) grow(size int64, prealloc block.Preallocation) error {
 	m := im.m
-	refuse := func(format string, args ...any) error {
-		return fmt.Errorf("fvd image %s: resize to %d bytes: %w", m.name, size, fmt.Errorf(format, args...))
-	}
-	if im.readOnly {
-		return refuse("%w", block.ErrReadOnly)
-	}
-	if err := m.failed(); err != nil {
-		return err
-	}
-	switch {
-	case size == m.g.size:
-		return nil
-	case size < m.g.size:
-		return im.unsupported("shrinking")
-	case size%sectorSize != 0 || size > maxVirtualSize:
-		return refuse("want a multiple of %d up to %d", sectorSize, int64(maxVirtualSize))
-	}
 	if err := m.markInUse(); err != nil {
 		return err
 	}
@@ -50,13 +77,19 @@ func (im *Image) grow(size int64) error {
 		return err
 	}
 	var err error
+	old, stored := m.g.size, int64(0)
 	if m.g.compact() {
 		err = im.growTable(size)
 	} else {
-		err = im.growFlat(size)
+		stored, err = im.growFlat(size)
 	}
 	if err != nil {
-		return refuse("%w", err)
+		return im.errResize(size, err)
+	}
+	m.g.size = size // alone: who copies from the base image reads the rest without asking
+	if err := im.preallocate(old, size, prealloc); err != nil {
+		m.g.size = old
+		return errors.Join(err, im.ungrow(size, stored))
 	}
 	// The size is the only word of its header sector that changes: a crash leaves the old disk or the new one.
 	h := m.headerCopy()
@@ -64,59 +97,65 @@ func (im *Image) grow(size int64) error {
 	if err := m.rewriteHeaderSector(&h, 0); err != nil {
 		return err
 	}
-	m.g.size = size // alone: who copies from the base image reads the rest without asking
 	im.size.Store(size)
 	return nil
 }
 
-// growFlat gives an image without table the storage for its new size; the new part reads as zeros, whatever lay
-// there. Regions behind the data area stay in the way.
-func (im *Image) growFlat(size int64) error {
+// ungrow gives back what was laid out for a disk of that size, of which nothing is in the tables on the disk. An image
+// without table had storage of so many bytes before.
+func (im *Image) ungrow(size, stored int64) error {
 	m := im.m
-	h := m.headerCopy()
-	h.VirtualSize = uint64(size)
-	end, err := m.file.Size()
-	if err != nil {
-		return err
+	if m.failed() != nil {
+		return nil
 	}
-	if err := h.validateRegions(end); err != nil {
-		return err
+	if !m.g.compact() {
+		from, to := m.g.dataStart+dataOffset(m.g.size), m.g.dataStart+dataOffset(size)
+		// Storage that can do neither keeps the space: at worst that is a leak.
+		if stored < int64(to) && m.data.resize(stored) == nil {
+			to = dataOffset(stored)
+		}
+		if from < to {
+			_ = m.data.punch(from, int64(to-from))
+		}
+		return im.flush()
 	}
+	var taken []chunkID
+	for c := m.g.chunks(); c < chunkIndex(len(m.table)); c++ {
+		if id, ok := m.unmapChunk(c); ok {
+			taken = append(taken, id)
+		}
+	}
+	m.table = m.table[:m.g.chunks()]
+	m.alloc.retire(taken)
+	return im.flush()
+}
+
+// growFlat gives an image without table the storage for its new size; the new part reads as zeros, whatever lay
+// there. It returns how many bytes of storage there were.
+func (im *Image) growFlat(size int64) (stored int64, err error) {
+	m := im.m
 	from, to := m.g.dataStart+dataOffset(m.g.size), m.g.dataStart+dataOffset(size)
-	have, err := m.data.size()
-	if err != nil {
-		return fmt.Errorf("size of the data storage: %w", err)
+	if stored, err = m.data.size(); err != nil {
+		return 0, fmt.Errorf("size of the data storage: %w", err)
 	}
-	if stale := min(have, int64(to)) - int64(from); stale > 0 {
+	if stale := min(stored, int64(to)) - int64(from); stale > 0 {
 		if err := zeroStore(m.data, from, stale, true, false); err != nil {
-			return fmt.Errorf("zeroing the data storage: %w", err)
+			return stored, fmt.Errorf("zeroing the data storage: %w", err)
 		}
 	}
-	if have < int64(to) {
+	if stored < int64(to) {
 		if err := m.data.resize(int64(to)); err != nil {
-			return fmt.Errorf("growing the data storage: %w", err)
+			return stored, fmt.Errorf("growing the data storage: %w", err)
 		}
 	}
-	return m.dataSync.wait()
+	return stored, m.dataSync.wait()
 }
 
 // growTable gives the table its new length, in place or, if its region is too short, elsewhere.
 func (im *Image) growTable(size int64) error {
 	m := im.m
 	h := m.headerCopy()
-	h.VirtualSize = uint64(size)
 	entries := chunkIndex(ceilDiv(size, m.g.chunkSize))
-	if entries > maxChunks {
-		return fmt.Errorf("in chunks of %d bytes that takes more than %d chunks", m.g.chunkSize, maxChunks)
-	}
-	if least := minJournalSize(int64(entries), m.g.trailer); m.g.journalLen > 0 && m.g.journalLen < least {
-		return fmt.Errorf("that needs a journal of %d bytes, there are %d", least, m.g.journalLen)
-	}
-	grownTo := m.g
-	grownTo.size = size
-	if err := grownTo.fits(m.maxMemory); err != nil {
-		return err
-	}
 	at, err := im.tableRoom(entries)
 	if err != nil {
 		return err
@@ -127,7 +166,7 @@ func (im *Image) growTable(size int64) error {
 	m.table = grown
 	m.tablePages = newPageSet(int(ceilDiv(int64(entries), pageEntries)))
 	if entries <= m.g.tableCap {
-		// The entries past the old end are EMPTY since the table was laid out; written again, they surely are.
+		// The entries past the old end are EMPTY since the table was laid out, but where a Resize ended in a crash.
 		m.tablePages.mark(old/pageEntries, int((entries-1)/pageEntries))
 		return im.discipline.checkpoint(headerChange{})
 	}
@@ -182,7 +221,6 @@ func (im *Image) moveTable(h *Header, at, room int64) error {
 	}
 	// Table offset and size share a header sector: a crash leaves the old table or the new one. The feature bit
 	// lies in another; it is durable first, as alone it does no harm.
-	h.VirtualSize = m.header.VirtualSize
 	if err := m.rewriteHeaderSector(h, mutableSector); err != nil {
 		return err
 	}
@@ -209,46 +247,53 @@ func (m *metadata) rewriteHeaderSector(h *Header, at int) error {
 	return m.metaSync.wait()
 }
 
-// preallocate lays out [off, end), which nobody has written yet. The caller has the image to itself.
+// layOutStep is how many bytes of the disk are laid out between two questions whether to go on.
+const layOutStep = 64 << 20
+
+// preallocate lays out [off, end), which nobody has written yet. The caller has the image to itself. The mappings are
+// written to the table when all of them are there; no record of them gets into the journal, which must not tell of
+// chunks past the end of a disk whose header has the old size yet.
 func (im *Image) preallocate(off, end int64, how block.Preallocation) error {
-	if how == block.PreallocOff || off >= end {
-		return nil
-	}
 	m := im.m
-	if !m.g.compact() && how == block.PreallocMetadata {
-		return nil // there are no tables to lay out
+	if how == block.PreallocOff || off >= end || !m.g.compact() && how == block.PreallocMetadata {
+		return nil // without a table there are no metadata to lay out
+	}
+	if m.g.compact() {
+		if err := m.markInUse(); err != nil {
+			return err
+		}
+		if err := m.reserve(m.g.chunkRange(guestOffset(off), guestOffset(end))); err != nil {
+			return err
+		}
 	}
 	for off < end {
-		next := min(end, roundDown(off, zeroStep)+zeroStep)
+		if im.interrupt != nil {
+			if err := im.interrupt(); err != nil {
+				return err
+			}
+		}
+		next := min(end, roundDown(off, layOutStep)+layOutStep)
 		if err := im.preallocateStep(guestOffset(off), guestOffset(next), how); err != nil {
 			return fmt.Errorf("fvd image %s: preallocating %d bytes at %d: %w", m.name, next-off, off, err)
 		}
 		off = next
 	}
-	return im.flush()
+	if err := im.flush(); err != nil || !m.g.compact() {
+		return err
+	}
+	return im.discipline.checkpoint(headerChange{})
 }
 
 func (im *Image) preallocateStep(off, end guestOffset, how block.Preallocation) error {
-	m := im.m
-	if m.g.compact() {
-		if err := m.markInUse(); err != nil {
-			return err
-		}
-		if err := m.mapChunks(m.g.chunkRange(off, end)); err != nil {
+	if im.m.g.compact() {
+		if err := im.m.mapChunks(im.m.g.chunkRange(off, end)); err != nil {
 			return err
 		}
 	}
-	if how != block.PreallocMetadata {
-		if err := im.layOut(off, end, how); err != nil {
-			return err
-		}
-	}
-	first, last := m.g.chunkRange(off, end)
-	if !m.table.anyPending(first, last) {
+	if how == block.PreallocMetadata {
 		return nil
 	}
-	u := update{span: span{off: off, end: end, entries: true}}
-	return im.discipline.commit(&u)
+	return im.layOut(off, end, how)
 }
 
 // layOut reserves or writes the storage of [off, end).

@@ -303,12 +303,21 @@ func (c *createValues) fvdOptions(o *fvd.CreateOptions) error {
 	return nil
 }
 
+// effective tells whether the default of an option means anything to the image.
+func (c *createValues) effective(name string) bool {
+	switch name {
+	case "chunk_size", "storage_grow_unit":
+		return c.format != "fvd" || c.on("compact_image")
+	}
+	return true
+}
+
 // String lists the options as the "Formatting" line does, defaults included.
 func (c *createValues) String() string {
 	var b strings.Builder
 	for _, s := range c.specs {
 		value, given := c.values[s.name]
-		if !given {
+		if !given && c.effective(s.name) {
 			value = s.fallback
 		}
 		if value != "" {

@@ -51,6 +51,10 @@ func TestCreateInterrupted(t *testing.T) {
 		"create -q -f qcow2 -o preallocation=full disk 8M",
 		"create -q -f qcow2 -o preallocation=full,data_file=data disk 8M",
 		"create -q -f fvd -o preallocation=full disk 8M",
+		"create -q -f fvd -o compact_image=on,preallocation=metadata disk 1T",
+		"create -q -f fvd -o compact_image=on,preallocation=falloc disk 1G",
+		"create -q -f fvd -o compact_image=on,preallocation=full disk 8M",
+		"create -q -f fvd -o detect_sparse_hole=64k -b in.raw -F raw disk",
 		"convert -f raw -O raw -o preallocation=full in.raw disk",
 		"convert -f raw -O qcow2 -o preallocation=full in.raw disk",
 	} {
@@ -92,13 +96,18 @@ func TestCreateInterrupted(t *testing.T) {
 func TestResizeInterrupted(t *testing.T) {
 	testenv.Need(t, "qemu-img")
 	dir := t.TempDir()
-	for _, format := range []string{"raw", "qcow2"} {
+	for _, create := range []string{"raw", "qcow2", "fvd", "fvd -o compact_image=on,journal_size=1M"} {
 		for _, prealloc := range []string{"metadata", "falloc", "full"} {
-			if format == "raw" && prealloc == "metadata" {
+			if (create == "raw" || create == "fvd") && prealloc == "metadata" {
 				continue
 			}
-			name := prealloc + "." + format
-			mustRun(t, dir, "create", "-q", "-f", format, name, "1M")
+			format, _, _ := strings.Cut(create, " ")
+			name := prealloc + "." + strings.ReplaceAll(create, " ", "_")
+			mustRun(t, dir, append(strings.Fields("create -q -f "+create), name, "1M")...)
+			var empty int64
+			if used := diskUsage(filepath.Join(dir, name)); used != nil {
+				empty = *used
+			}
 			interrupted := 0
 			for n := int64(0); ; n += 1 + n/2 {
 				o := runInterrupted(t, dir, n, "resize", "-f", format, "--preallocation="+prealloc, name, "80M")
@@ -111,8 +120,11 @@ func TestResizeInterrupted(t *testing.T) {
 				if info := mustRun(t, dir, "info", "-f", format, name); !strings.Contains(info.stdout, "(1048576 bytes)") {
 					t.Fatalf("%s after %d: %s", name, n, info.stdout)
 				}
-				if used := diskUsage(filepath.Join(dir, name)); used != nil && *used > 1<<20 {
+				if used := diskUsage(filepath.Join(dir, name)); used != nil && *used > empty+1<<20 {
 					t.Fatalf("%s after %d: the file takes %d bytes", name, n, *used)
+				}
+				if format != "raw" {
+					mustRun(t, dir, "check", "-q", "-f", format, name)
 				}
 				if format == "qcow2" {
 					if o := runQemuImg(t, dir, "check", name); o.status != 0 {

@@ -83,6 +83,7 @@ func fvdWorkloads() []fvdWorkload {
 	old.PlainJournal = true
 	growing := compact(64 * kib)
 	growing.ChunkSize = 4 * kib
+	resizedEnds := []crashlab.Range{{Offset: resizedFirst - 8*kib, Length: 8 * kib}, {Offset: resizedTo - 4096, Length: 4096}}
 	flat := fvd.CreateOptions{Size: 64 * kib, JournalSize: -1}
 	unjournaled, bitmapOnly := compact(-1), overlay
 	bitmapOnly.JournalSize = -1
@@ -161,7 +162,10 @@ func fvdWorkloads() []fvdWorkload {
 			create:   compact(16 * kib), base: fvdBase, copyOnRead: true, work: copyOnReadWork,
 		}, {
 			Workload: Workload{Name: "resize", Description: "the disk outgrows its table, which moves", Disciplines: journaled},
-			create:   growing, grows: true, ranges: start, watch: []crashlab.Range{{Offset: resizedTo - 4096, Length: 4096}}, work: fixedWork(resizeSteps),
+			create:   growing, grows: true, ranges: start, watch: resizedEnds, work: fixedWork(resizeSteps(block.PreallocOff)),
+		}, {
+			Workload: Workload{Name: "resize-preallocated", Description: "the same, and what is new is laid out before it is there", Disciplines: journaled},
+			create:   growing, grows: true, ranges: start, watch: resizedEnds, work: fixedWork(resizeSteps(block.PreallocMetadata)),
 		}, {
 			Workload: Workload{Name: "repair", Description: "the checker's repair recovers, not opening", Disciplines: journaled},
 			create:   compact(64 * kib), base: fvdBase, repair: true, work: fixedWork(mixedSteps),

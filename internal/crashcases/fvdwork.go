@@ -103,20 +103,28 @@ func manySteps(g *crashlab.Guest, _ *fvdSubject) error {
 	return nil
 }
 
-const resizedTo = 5 << 20
+const (
+	resizedFirst = 1 << 20 // the table has room for that
+	resizedTo    = 5 << 20 // and not for that
+)
 
-// resizeSteps let a disk outgrow its table.
-func resizeSteps(g *crashlab.Guest, s *fvdSubject) error {
-	w := writes(g)
-	return script(
-		w(0, 512), w(30*kib, 8*kib), g.Flush,
-		w(8*kib, 512),
-		func() error {
-			return g.Resize(resizedTo, func() error { return s.im.Resize(resizedTo, block.PreallocOff) })
-		},
-		w(resizedTo-512, 512), g.Flush,
-		w(16*kib, 8*kib),
-	)
+// resizeSteps let a disk grow in its table's place, and then outgrow that.
+func resizeSteps(how block.Preallocation) func(g *crashlab.Guest, s *fvdSubject) error {
+	return func(g *crashlab.Guest, s *fvdSubject) error {
+		w := writes(g)
+		resize := func(size int64) func() error {
+			return func() error { return g.Resize(size, func() error { return s.im.Resize(size, how) }) }
+		}
+		return script(
+			w(0, 512), w(30*kib, 8*kib), g.Flush,
+			w(8*kib, 512),
+			resize(resizedFirst),
+			w(resizedFirst-512, 512), g.Flush, w(resizedFirst-8*kib, 8*kib),
+			resize(resizedTo),
+			w(resizedTo-512, 512), g.Flush,
+			w(16*kib, 8*kib),
+		)
+	}
 }
 
 // stirredWork puts copies from the base image, and checkpoints, between bursts of requests.
