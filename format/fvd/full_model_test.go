@@ -4,8 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"os"
-	"strconv"
 	"syscall"
 	"testing"
 	"time"
@@ -40,20 +38,12 @@ func stormShape(r *rand.Rand) shape {
 // nothing that was acknowledged is lost, nothing stops, and what failed leaves neither damage nor leaks, after a kill
 // at the end included. PLATTER_STORMS is the number of storms, PLATTER_STORM_SEED the first of them.
 func TestStormOnFullDisk(t *testing.T) {
-	number := func(name string, n int) int {
-		if s := os.Getenv(name); s != "" {
-			var err error
-			n, err = strconv.Atoi(s)
-			must(t, err)
-		}
-		return n
-	}
-	storms, first := 60, number("PLATTER_STORM_SEED", 0)
+	storms, first := 60, envNumber(t, "PLATTER_STORM_SEED", 0)
 	if raceEnabled {
 		storms /= 4
 	}
 	refused := 0
-	for i := range number("PLATTER_STORMS", storms) {
+	for i := range envNumber(t, "PLATTER_STORMS", storms) {
 		refused += runStorm(t, uint64(first+i))
 	}
 	if refused == 0 {
@@ -66,7 +56,10 @@ func runStorm(t *testing.T, seed uint64) (refused int) {
 	shape := stormShape(rand.New(rand.NewPCG(seed, 12)))
 	rig := newRig(t, shape)
 	must(t, rig.im.Close())
-	meta, data := storm.OnMemory(rig.meta, seed), storm.OnMemory(rig.data, seed+1)
+	meta, err := storm.OnFile(rig.meta, seed)
+	must(t, err)
+	data, err := storm.OnFile(rig.data, seed+1)
+	must(t, err)
 	o := rig.options()
 	switch {
 	case o.Data != nil:
@@ -74,13 +67,12 @@ func runStorm(t *testing.T, seed uint64) (refused int) {
 	case o.DataDevice != nil:
 		o.DataDevice = clustered{&ram{f: rig.data}, data}
 	}
-	var err error
 	rig.im, err = Open(meta, o)
 	must(t, err)
 	size := shape.create.Size
 	s := &storm.Storm{
 		Device: rig.im, Cluster: shape.create.ChunkSize, Failed: rig.im.m.failed,
-		Model:     storm.NewModel(roundUp(size*3/2, sectorSize), &storm.Claim{Bytes: rig.want}),
+		Model:     storm.NewModel(roundUp(size*3/2, sectorSize), &storm.Claim{Bytes: rig.want}, nil),
 		Tolerated: []error{syscall.ENOSPC, errors.ErrUnsupported},
 	}
 	fatal := func(doing string, err error) {
@@ -89,11 +81,11 @@ func runStorm(t *testing.T, seed uint64) (refused int) {
 			t.Fatalf("seed %d, %v, %v: %s: %v", seed, shape, s, doing, err)
 		}
 	}
-	meta.SetCalm(false)
-	data.SetCalm(false)
+	meta.SetWeather(storm.Weather{Full: true})
+	data.SetWeather(storm.Weather{Full: true})
 	fatal("storm", s.Rage(seed, func(r *rand.Rand) error { return stewardImage(s, rig.im, r) }))
-	meta.SetCalm(true)
-	data.SetCalm(true)
+	meta.SetWeather(storm.Weather{})
+	data.SetWeather(storm.Weather{})
 	s.Tolerated = []error{errors.ErrUnsupported} // a discard of what is not whole clusters of a data device
 	fatal("flush with space again", rig.im.Flush())
 	calm := rand.New(rand.NewPCG(seed, 13))
@@ -113,7 +105,7 @@ func runStorm(t *testing.T, seed uint64) (refused int) {
 	fatal("open again", rig.reopen())
 	fatal("read again", s.Model.Read(rig.im, 0, rig.im.Size()))
 	fatal("close again", rig.im.Close())
-	return meta.Refused() + data.Refused()
+	return meta.Struck() + data.Struck()
 }
 
 // stormFindings is checkClean, but that a data device that gives back whole clusters only may keep the space of chunks.
@@ -137,7 +129,7 @@ func stewardImage(s *storm.Storm, im *Image, r *rand.Rand) error {
 	case 0:
 		return s.Resize(r)
 	case 1:
-		_, err := s.Outcome("checkpoint", im.Checkpoint())
+		_, err := s.Do("checkpoint", im.Checkpoint)
 		return err
 	}
 	for range 3 {
@@ -150,11 +142,14 @@ func stewardImage(s *storm.Storm, im *Image, r *rand.Rand) error {
 			return nil
 		}
 		p := make([]byte, min(n, 40000))
-		if err := im.ReadBase(p, off); err != nil {
+		if ok, err := s.Do("read base", func() error { return im.ReadBase(p, off) }); !ok {
 			return err
 		}
-		_, err := im.Populate(p, off)
-		if _, err = s.Outcome("populate", err); err != nil {
+		_, err := s.Do("populate", func() error {
+			_, err := im.Populate(p, off)
+			return err
+		})
+		if err != nil {
 			return err
 		}
 	}

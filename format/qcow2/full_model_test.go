@@ -1,7 +1,6 @@
 package qcow2
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -10,49 +9,6 @@ import (
 
 	"github.com/platter-disk/platter/internal/storm"
 )
-
-// snapshotStorm takes, compares, applies and deletes snapshots. held is what they hold, by name.
-func snapshotStorm(s *storm.Storm, im *Image, r *rand.Rand, held map[string]*storm.Claim) error {
-	name := fmt.Sprintf("s%d", r.IntN(3)) // no ID
-	size := im.Size()
-	list, err := im.Snapshots()
-	if err != nil {
-		return err
-	}
-	there := false
-	for _, e := range list {
-		there = there || e.Name == name
-	}
-	op := r.IntN(3)
-	switch {
-	case !there:
-		_, err := im.CreateSnapshot(name, SnapshotOptions{})
-		delete(held, name)
-		_, err = s.Outcome("snapshot", err)
-		return err
-	case op == 0:
-		_, err := s.Outcome("delete snapshot", im.DeleteSnapshot(name))
-		return err
-	case op == 1 && held[name] != nil:
-		return s.Change("apply snapshot", &storm.Claim{ID: held[name].ID, Bytes: held[name].Bytes}, 0, size, func() error { return im.ApplySnapshot(name) })
-	}
-	d, err := im.SnapshotDevice(name)
-	if ok, err := s.Outcome("open snapshot", err); !ok {
-		return err
-	}
-	defer d.Close()
-	got := make([]byte, size)
-	if _, err := d.ReadAt(got, 0); err != nil {
-		return err
-	}
-	if held[name] == nil {
-		held[name] = &storm.Claim{ID: 1<<40 + uint64(len(held)), Bytes: got}
-	}
-	if !bytes.Equal(got, held[name].Bytes) {
-		return fmt.Errorf("snapshot %s changed", name)
-	}
-	return nil
-}
 
 // stormConfigs are the images that storms go over.
 func stormConfigs() map[string]modelConfig {
@@ -120,7 +76,7 @@ func runStorm(t *testing.T, cfg modelConfig, seed uint64) (refused int) {
 		t.Fatal(err)
 	}
 	s := &storm.Storm{
-		Device: im, Cluster: create.ClusterSize, Model: storm.NewModel(grown, first), Discards: true, Failed: im.failed,
+		Device: im, Cluster: create.ClusterSize, Model: storm.NewModel(grown, first, nil), Discarded: create.ClusterSize, Failed: im.failed,
 		Tolerated: []error{syscall.ENOSPC, errRefcountWidth, errors.ErrUnsupported},
 	}
 	fatal := func(format string, args ...any) {
@@ -129,18 +85,18 @@ func runStorm(t *testing.T, cfg modelConfig, seed uint64) (refused int) {
 			seed, cfg, o.Reserve, o.Writethrough, o.JournalDataChecksums, s, fmt.Sprintf(format, args...))
 	}
 	for _, f := range files {
-		f.SetCalm(false)
+		f.SetWeather(storm.Weather{Full: true})
 	}
 	steward := s.Resize
-	if held := map[string]*storm.Claim{}; create.DataFileName == "" && seed%2 == 0 {
-		steward = func(r *rand.Rand) error { return snapshotStorm(s, im, r, held) }
+	if taken := (&snapshotter{}); create.DataFileName == "" && seed%2 == 0 {
+		steward = func(r *rand.Rand) error { return taken.step(s, im, r) }
 	}
 	if err := s.Rage(seed, steward); err != nil {
 		fatal("%v", err)
 	}
 	for _, f := range files {
-		f.SetCalm(true)
-		refused += f.Refused()
+		f.SetWeather(storm.Weather{})
+		refused += f.Struck()
 	}
 	s.Tolerated = nil
 	if err := im.Flush(); err != nil {
