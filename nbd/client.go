@@ -80,6 +80,8 @@ type Client struct {
 	limit  int64        // longest payload
 	always CommandFlags // of every change: FUA where the server has no flush
 
+	silence silence
+
 	next  atomic.Uint32   // which connection is next
 	edges sync.RWMutex    // held exclusively by changes of parts of minimum blocks, shared by others
 	ctx   context.Context // ends with Close
@@ -111,7 +113,7 @@ func DialContext(ctx context.Context, uri string, o ClientOptions) (*Client, err
 	if err := o.setDefaults(); err != nil {
 		return nil, err
 	}
-	c := &Client{uri: u, name: uri, opt: o}
+	c := &Client{uri: u, name: uri, opt: o, silence: silence{began: time.Now()}}
 	c.ctx, c.end = context.WithCancel(context.Background())
 	stop := context.AfterFunc(ctx, c.end)
 	err = c.open()
@@ -122,6 +124,7 @@ func DialContext(ctx context.Context, uri string, o ClientOptions) (*Client, err
 		c.Close()
 		return nil, fmt.Errorf("%s: %w", uri, err)
 	}
+	watched(ctx, c)
 	return c, nil
 }
 
@@ -146,7 +149,7 @@ func (c *Client) open() error {
 		l, err := c.connect()
 		if err == nil && (l.export.Flags != c.export.Flags || !c.isSame(l.export)) {
 			err = errors.New("the server describes another export on it")
-			l.close()
+			l.close(time.Now().Add(goodbyeTime))
 		}
 		if err != nil {
 			o.Logger.Warn("nbd: fewer connections than asked for", "uri", c.name, "connections", len(c.links), "error", err)
@@ -167,7 +170,7 @@ func (c *Client) connect() (*link, error) {
 		h.abort()
 		return nil, fmt.Errorf("export %q: %w", c.uri.Export, err)
 	}
-	return newLink(h, c.opt.RequestTimeout), nil
+	return newLink(h, c.opt.RequestTimeout, &c.silence), nil
 }
 
 // Export is what the server told about the export when the client connected.
@@ -257,6 +260,8 @@ func (c *Client) reconnect() (*link, error) {
 
 // do carries a call out on one of the connections.
 func (c *Client) do(cl *call) error {
+	c.silence.begin()
+	defer c.silence.end()
 	for try := 1; ; try++ {
 		l, err := c.link()
 		if err != nil {
@@ -601,8 +606,9 @@ func (c *Client) Close() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.err = fmt.Errorf("%s: %w", c.name, ErrClosed)
+	by := time.Now().Add(goodbyeTime) // for all of them: the servers of many connections hang together
 	for _, l := range c.links {
-		l.close()
+		l.close(by)
 	}
 	return nil
 }

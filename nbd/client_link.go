@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"cmp"
+	"crypto/tls"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -103,8 +104,10 @@ func (cl *call) complete() error {
 // link is one connection in the transmission phase.
 type link struct {
 	nc      net.Conn
+	raw     net.Conn // nc, or what lies under its TLS: closing that waits for nobody
 	export  ExportInfo
 	timeout time.Duration // for the answer to a request; 0: for ever
+	silence *silence      // of the server
 	out     *outbox.Queue
 	free    chan uint32   // slots without a request; a slot and a count make a cookie
 	dead    chan struct{} // closed when the connection failed
@@ -117,11 +120,12 @@ type link struct {
 }
 
 // newLink takes the connection over from the handshake and starts its reader.
-func newLink(h *handshake, timeout time.Duration) *link {
+func newLink(h *handshake, timeout time.Duration, silence *silence) *link {
 	l := &link{
 		nc:      h.nc,
 		export:  h.export,
 		timeout: timeout,
+		silence: silence,
 		out:     outbox.New(h.nc),
 		free:    make(chan uint32, maxInFlight),
 		dead:    make(chan struct{}),
@@ -129,6 +133,10 @@ func newLink(h *handshake, timeout time.Duration) *link {
 	}
 	for i := range uint32(maxInFlight) {
 		l.free <- i
+	}
+	l.raw = l.nc
+	if t, ok := l.nc.(*tls.Conn); ok {
+		l.raw = t.NetConn()
 	}
 	l.nc.SetDeadline(time.Time{})
 	h.stop()
@@ -144,19 +152,22 @@ func (l *link) fail(err error) {
 		close(l.dead)
 	}
 	l.mu.Unlock()
-	l.nc.Close()
+	l.raw.Close()
 }
 
-// goodbyeTime bounds how long close tries to tell the server.
+// goodbyeTime bounds how long Close tries to tell the server.
 const goodbyeTime = time.Second
 
-// close says goodbye and ends the connection.
-func (l *link) close() {
+// close says goodbye, if the server takes that by a certain time, and ends the connection.
+func (l *link) close(by time.Time) {
 	if l.failed() == nil {
-		l.nc.SetWriteDeadline(time.Now().Add(goodbyeTime))
+		l.nc.SetWriteDeadline(by)
 		goodbye := Request{Command: CmdDisc}
 		l.out.Send(goodbye.Append(nil, l.export.Replies == ExtendedReplies), nil, nil) // the server copes without
-		l.out.Flush()
+		sent := l.out.Flush()
+		if t, ok := l.nc.(*tls.Conn); ok && sent == nil {
+			t.CloseWrite()
+		}
 	}
 	l.fail(ErrClosed)
 	<-l.ended
@@ -226,7 +237,7 @@ func (l *link) finish(cl *call) {
 func (l *link) receive() {
 	defer close(l.ended)
 	buf := bufpool.Get(linkBuffer)
-	in := receiver{nc: l.nc, buf: buf.B}
+	in := receiver{nc: l.nc, buf: buf.B, silence: l.silence}
 	var err error
 	for err == nil {
 		err = l.reply(&in)
@@ -392,6 +403,16 @@ type receiver struct {
 	nc         net.Conn
 	buf        []byte
 	start, end int // buf[start:end] was received and not used
+	silence    *silence
+}
+
+// Read reads past the buffer. Whatever else reads from the connection comes by here.
+func (r *receiver) Read(p []byte) (int, error) {
+	n, err := r.nc.Read(p)
+	if n > 0 {
+		r.silence.hear()
+	}
+	return n, err
 }
 
 // peek returns the next n bytes without using them; n must not exceed the buffer.
@@ -401,7 +422,7 @@ func (r *receiver) peek(n int) ([]byte, error) {
 			r.end = copy(r.buf, r.buf[r.start:r.end])
 			r.start = 0
 		}
-		got, err := r.nc.Read(r.buf[r.end:])
+		got, err := r.Read(r.buf[r.end:])
 		r.end += got
 		if err != nil && r.end < n {
 			return nil, err
@@ -428,6 +449,6 @@ func (r *receiver) read(p []byte) error {
 	if n == len(p) {
 		return nil
 	}
-	_, err := io.ReadFull(r.nc, p[n:])
+	_, err := io.ReadFull(r, p[n:])
 	return err
 }

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/platter-disk/platter/internal/testenv"
 	"github.com/platter-disk/platter/nbd"
 )
 
@@ -50,7 +51,8 @@ func TestClientWriterIsNotRepeated(t *testing.T) {
 func TestClientIdleConnectionLost(t *testing.T) {
 	var mu sync.Mutex
 	var used []net.Conn // in the order of their first request
-	f := fake{size: 1 << 20, flags: nbd.CanMultiConn | nbd.SendFlush, serve: func(c net.Conn, _ nbd.ReplyMode, r *nbd.Request, _ []byte) error {
+	gone := make(chan net.Conn, 2)
+	f := fake{gone: func(c net.Conn) { gone <- c }, size: 1 << 20, flags: nbd.CanMultiConn | nbd.SendFlush, serve: func(c net.Conn, _ nbd.ReplyMode, r *nbd.Request, _ []byte) error {
 		mu.Lock()
 		if !slices.Contains(used, c) {
 			used = append(used, c)
@@ -69,9 +71,19 @@ func TestClientIdleConnectionLost(t *testing.T) {
 	if len(used) != 2 {
 		t.Fatalf("%d connections were used", len(used))
 	}
-	used[1].Close() // the next request would take the other one
+	lost := used[1] // the next request would take the other one
 	mu.Unlock()
-	time.Sleep(500 * time.Millisecond) // for the client to notice
+	if err := lost.(*net.UnixConn).CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case c := <-gone: // the client has noticed, and closed its side
+		if c != lost {
+			t.Fatal("the other connection has ended")
+		}
+	case <-time.After(testenv.Patience):
+		t.Fatal("the client does not notice")
+	}
 	for range 3 {
 		if err := c.Sync(); err == nil || !strings.Contains(err.Error(), "lost") {
 			t.Errorf("sync: %v", err)
@@ -132,7 +144,7 @@ func TestClientTimeoutWhileSending(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), "did not answer in time") {
 			t.Errorf("got %v", err)
 		}
-	case <-time.After(10 * time.Second):
+	case <-time.After(testenv.Patience):
 		t.Error("the write waits for a server that reads nothing")
 	}
 }

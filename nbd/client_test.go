@@ -22,6 +22,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/platter-disk/platter/block"
+	"github.com/platter-disk/platter/internal/testenv"
 	"github.com/platter-disk/platter/nbd"
 	"github.com/platter-disk/platter/nbd/internal/nbdtest"
 	"github.com/platter-disk/platter/nbd/server"
@@ -322,7 +323,7 @@ func TestClientReconnects(t *testing.T) {
 	dir := t.TempDir()
 	socket := filepath.Join(dir, "s")
 	first := nbdtest.ServeAt(t, socket, server.Config{}, server.Export{Device: disk})
-	reader := dial(t, first.URI(""), nbd.ClientOptions{ReadOnly: true, Connections: 2, ReconnectDelay: 10 * time.Second})
+	reader := dial(t, first.URI(""), nbd.ClientOptions{ReadOnly: true, Connections: 2, ReconnectDelay: testenv.Patience})
 	writer := dial(t, first.URI(""), nbd.ClientOptions{})
 	read := func() error {
 		p := make([]byte, 4096)
@@ -374,17 +375,10 @@ func TestClientGivesUp(t *testing.T) {
 		}
 	}
 	nbdtest.ServeAt(t, s.Socket, server.Config{}, server.Export{Device: disk})
-	deadline := time.Now().Add(5 * time.Second)
-	for { // one attempt a second
+	testenv.Until(t, "a read when the server is back", func() bool { // one attempt a second
 		_, err := c.ReadAt(make([]byte, 1), 0)
-		if err == nil {
-			break
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("the server is back, but: %v", err)
-		}
-		time.Sleep(50 * time.Millisecond)
-	}
+		return err == nil
+	})
 }
 
 // TestClientStopsRepeating: a request that ends every connection is not sent for ever.
@@ -406,7 +400,15 @@ func TestClientStopsRepeating(t *testing.T) {
 func TestClientTimeoutAndClose(t *testing.T) {
 	release := make(chan struct{})
 	hooks := &nbdtest.Hooks{Device: nbdtest.Disk(t, 1<<20)}
-	hooks.OnRead = func(p []byte, off int64) (int, error) { <-release; return len(p), nil }
+	const second = 4096
+	begun := make(chan struct{})
+	hooks.OnRead = func(p []byte, off int64) (int, error) {
+		if off == second {
+			close(begun)
+		}
+		<-release
+		return len(p), nil
+	}
 	s := nbdtest.Serve(t, server.Config{}, server.Export{Device: hooks})
 	t.Cleanup(func() { close(release) }) // before the server stops
 
@@ -417,8 +419,8 @@ func TestClientTimeoutAndClose(t *testing.T) {
 
 	c = dial(t, s.URI(""), nbd.ClientOptions{ReadOnly: true})
 	result := make(chan error)
-	go func() { _, err := c.ReadAt(make([]byte, 1), 0); result <- err }()
-	time.Sleep(20 * time.Millisecond)
+	go func() { _, err := c.ReadAt(make([]byte, 1), second); result <- err }()
+	<-begun
 	if err := errors.Join(c.Close(), c.Close()); err != nil {
 		t.Error(err)
 	}

@@ -25,13 +25,13 @@ done
 # do. So the tests of the engine run twice: in full and counted without it, and under it without most of what one
 # goroutine works on. The crash cases are about the order of writes and most of them have one goroutine: only those with
 # several run under it.
-CGO_ENABLED=0 go test -timeout 10m -covermode=set -coverprofile=coverage.out "${engine[@]}" "$crashcases" || exit 1
+CGO_ENABLED=0 go test -timeout 15m -covermode=set -coverprofile=coverage.out "${engine[@]}" "$crashcases" || exit 1
 if [ -n "$race" ]; then
 	export CGO_ENABLED=1
-	go test $race -timeout 10m "${engine[@]}" "${others[@]}" || exit 1
-	go test $race -timeout 10m -run 'NoViolations/.*/.*/parallel' "$crashcases" || exit 1
+	go test $race -timeout 15m "${engine[@]}" "${others[@]}" || exit 1
+	go test $race -timeout 15m -run 'NoViolations/.*/.*/parallel' "$crashcases" || exit 1
 else
-	go test -timeout 10m "${others[@]}" || exit 1
+	go test -timeout 15m "${others[@]}" || exit 1
 fi
 
 echo

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/platter-disk/platter/block"
+	"github.com/platter-disk/platter/internal/testenv"
 	"github.com/platter-disk/platter/storage"
 )
 
@@ -278,7 +279,7 @@ func survive(t testing.TB, f storage.File, o Options, r *rand.Rand, what string)
 		}
 	}()
 	var result error
-	timer := time.AfterFunc(20*time.Second, func() { panic("a hang: " + what) })
+	timer := time.AfterFunc(testenv.Patience, func() { panic("a hang: " + what) })
 	result = exercise(f, o, r, 40)
 	timer.Stop()
 	runtime.ReadMemStats(&after)

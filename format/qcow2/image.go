@@ -299,8 +299,8 @@ func (im *Image) flush() error {
 	return im.discipline.flush()
 }
 
-// Close waits for what is under way, flushes, gives the reserve of host clusters back, and closes the image's files and its backing
-// device.
+// Close waits for what is under way, flushes, gives the reserve of host clusters back, and closes the image's files
+// and its backing device.
 func (im *Image) Close() error {
 	im.resizing.Lock()
 	defer im.resizing.Unlock()

@@ -13,6 +13,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/platter-disk/platter/block"
+	"github.com/platter-disk/platter/internal/testenv"
 	"github.com/platter-disk/platter/storage"
 )
 
@@ -124,7 +125,7 @@ func checkLinearizable(t *testing.T, cfg modelConfig, seed uint64) {
 		}
 		return fingerprint(w.backing.bytes[sector*sectorSize:][:sectorSize])
 	}
-	if result := porcupine.CheckOperationsTimeout(sectorRegister(initial), history, 20*time.Second); result != porcupine.Ok {
+	if result := porcupine.CheckOperationsTimeout(sectorRegister(initial), history, testenv.Patience); result != porcupine.Ok {
 		t.Errorf("seed %d: the history of %d operations is %s", seed, len(history), result)
 	}
 	if res, err := Check(w.file, CheckOptions{}); err != nil || !res.Clean() {

@@ -1,7 +1,7 @@
 package qcow2
 
 import (
-	"errors"
+	"fmt"
 
 	"github.com/platter-disk/platter/block"
 )
@@ -27,7 +27,7 @@ func (o CreateOptions) Measure(source block.Device) (Measurement, error) {
 	c := &creation{h: h, g: newGeometry(h), prealloc: block.PreallocFull}
 	c.layout()
 	if !c.addressable() {
-		return Measurement{}, errors.New(problemTooLarge)
+		return Measurement{}, fmt.Errorf("a disk of %d bytes: %s", h.Size, problemTooLarge)
 	}
 	full := int64(c.g.offsetOf(c.end))
 	m := Measurement{Required: full, FullyAllocated: full}

@@ -14,7 +14,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"time"
+	"testing/synctest"
 
 	"github.com/platter-disk/platter/block"
 	"github.com/platter-disk/platter/format/raw"
@@ -359,29 +359,28 @@ func TestForeignAgreesWithQEMU(t *testing.T) {
 }
 
 func TestFlushesAreCombined(t *testing.T) {
-	release := make(chan struct{})
-	entered := make(chan struct{}, 10)
-	f := &limited{Memory: memory(t, 4096), syncing: func() error { entered <- struct{}{}; <-release; return nil }}
-	d := open(t, f, all)
-	var wg sync.WaitGroup
-	flush := func() {
-		if err := d.Flush(); err != nil {
-			t.Error(err)
+	synctest.Test(t, func(t *testing.T) {
+		release := make(chan struct{})
+		f := &limited{Memory: memory(t, 4096), syncing: func() error { <-release; return nil }}
+		d := open(t, f, all)
+		var wg sync.WaitGroup
+		flush := func() {
+			if err := d.Flush(); err != nil {
+				t.Error(err)
+			}
 		}
-	}
-	wg.Go(flush)
-	<-entered
-	for range 20 {
-		wg.Go(flush) // too late for the Sync that is running
-	}
-	time.Sleep(20 * time.Millisecond) // lets most of them wait; the bound below holds for any schedule that does
-	release <- struct{}{}
-	<-entered
-	close(release)
-	wg.Wait()
-	if n := f.syncs.Load(); n < 2 || n > 5 {
-		t.Errorf("21 flushes took %d syncs, want 2 or a few more", n)
-	}
+		wg.Go(flush)
+		synctest.Wait()
+		for range 20 {
+			wg.Go(flush) // too late for the Sync that is running
+		}
+		synctest.Wait()
+		close(release)
+		wg.Wait()
+		if n := f.syncs.Load(); n != 2 {
+			t.Errorf("21 flushes took %d syncs, want 2", n)
+		}
+	})
 }
 
 func TestFailedFlushSticks(t *testing.T) {

@@ -5,122 +5,167 @@ package cli
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"encoding/binary"
 	"encoding/json"
-	"fmt"
-	"net"
+	"errors"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
-	"strconv"
+	"slices"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
 	"time"
 
+	"github.com/platter-disk/platter/block"
+	"github.com/platter-disk/platter/format/raw"
 	"github.com/platter-disk/platter/internal/testenv"
 	"github.com/platter-disk/platter/jobs/prefetch"
 	"github.com/platter-disk/platter/nbd"
+	"github.com/platter-disk/platter/nbd/server"
+	"github.com/platter-disk/platter/storage"
 )
 
 const (
-	farSize = 8 << 20   // bytes of the base image
-	farHole = 1 << 20   // of them, in the middle
-	farRate = 512 << 20 // bits a second
-	farWait = time.Minute
+	farSize  = 8 << 20              // bytes of the base image
+	farHole  = 1 << 20              // of them, in the middle
+	farDelay = 2 * time.Millisecond // of a read
 )
 
-// farBase is a base image behind an nbdkit that is as slow as a network, and what it holds. Each sector is of its
-// own kind, and none but those of a hole is zero.
+// farBase is a base image on an NBD server that takes its time, and what it holds. Each sector is of its own kind, and
+// none but those of a hole is zero.
 type farBase struct {
-	uri  string
-	want []byte
-	fail string // while a file of that name exists, reads fail
-	log  string // of every request
+	block.Device
+	uri    string
+	want   []byte
+	server *server.Server
+
+	mu      sync.Mutex
+	changed sync.Cond // limit or held
+	limit   int64     // bytes that are served before reads wait; negative: no limit
+	held    int       // reads that wait
+	failing bool
+	served  []prefetch.Run
 }
 
-// newFarBase makes it; its nbdkit lives as long as the test.
+// newFarBase makes it, listening on the socket dir/base; it lives as long as the test.
 func newFarBase(t *testing.T, dir string) *farBase {
 	t.Helper()
-	testenv.Need(t, "nbdkit", "nbdcopy")
-	b := &farBase{want: make([]byte, farSize), fail: filepath.Join(dir, "fail"), log: filepath.Join(dir, "base.log")}
+	testenv.Need(t, "nbdcopy")
+	file := storage.NewMemory("base")
+	b := &farBase{want: make([]byte, farSize), limit: -1}
+	b.changed.L = &b.mu
 	for i := 0; i < farSize; i += 16 {
 		if i < farSize/2 || i >= farSize/2+farHole {
 			binary.LittleEndian.PutUint64(b.want[i:], uint64(i/512)<<8|0xf1)
 			binary.LittleEndian.PutUint64(b.want[i+8:], uint64(i)*0x9e3779b97f4a7c15|1)
 		}
 	}
-	file := filepath.Join(dir, "base.raw")
-	f, err := os.Create(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
 	for _, part := range [][2]int{{0, farSize / 2}, {farSize/2 + farHole, farSize}} {
-		if _, err := f.WriteAt(b.want[part[0]:part[1]], int64(part[0])); err != nil {
+		if _, err := file.WriteAt(b.want[part[0]:part[1]], int64(part[0])); err != nil {
 			t.Fatal(err)
 		}
 	}
-	b.start(t, dir, file)
+	var err error
+	if b.Device, err = raw.Open(file, raw.Options{ReadOnly: true}); err != nil {
+		t.Fatal(err)
+	}
+	b.start(t, filepath.Join(dir, "base"))
 	return b
 }
 
-func (b *farBase) start(t *testing.T, dir, file string) {
+func (b *farBase) start(t *testing.T, socket string) {
 	t.Helper()
-	socket := filepath.Join(dir, "base")
-	cmd := exec.Command("nbdkit", "-f", "--exit-with-parent", "-U", socket, "--filter=log", "--filter=error", "--filter=delay", "--filter=rate",
-		"file", file, "logfile="+b.log, "error-pread=EIO", "error-pread-rate=100%", "error-file="+b.fail,
-		"delay-read=2ms", fmt.Sprint("rate=", farRate), "burstiness=0.05")
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
-	if err := cmd.Start(); err != nil {
+	var err error
+	if b.server, err = server.New(server.Config{Logger: slog.New(slog.DiscardHandler)}); err != nil {
 		t.Fatal(err)
 	}
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		_ = cmd.Wait()
-	}()
-	t.Cleanup(func() {
-		_ = cmd.Process.Kill()
-		<-ended
-	})
-	for start := time.Now(); ; time.Sleep(5 * time.Millisecond) {
-		if c, err := net.Dial("unix", socket); err == nil {
-			c.Close()
-			break
-		}
-		select {
-		case <-ended:
-			t.Fatalf("nbdkit ended: %s", &stderr)
-		default:
-		}
-		if time.Since(start) > farWait {
-			t.Fatal("nbdkit does not answer")
-		}
+	if err := b.server.AddExport(server.Export{Device: b, ReadOnly: true}); err != nil {
+		t.Fatal(err)
 	}
-	b.uri = nbd.URI{Network: "unix", Address: socket}.String()
-}
-
-var logRead = regexp.MustCompile(`\bRead id=\d+ offset=0x([0-9a-f]+) count=0x([0-9a-f]+)`)
-
-// reads lists what was read of the base so far.
-func (b *farBase) reads(t *testing.T) (runs []prefetch.Run, total int64) {
-	t.Helper()
-	f, err := os.Open(b.log)
+	l, err := server.Listen("unix", socket)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer f.Close()
-	for s := bufio.NewScanner(f); s.Scan(); {
-		if m := logRead.FindStringSubmatch(s.Text()); m != nil {
-			off, _ := strconv.ParseInt(m[1], 16, 64)
-			n, _ := strconv.ParseInt(m[2], 16, 64)
-			runs, total = append(runs, prefetch.Run{Offset: off, Length: n}), total+n
+	ended := make(chan error, 1)
+	go func() { ended <- b.server.Serve(context.Background(), l) }()
+	t.Cleanup(func() {
+		b.release()
+		ctx, cancel := context.WithTimeout(context.Background(), testenv.Patience)
+		defer cancel()
+		if err := errors.Join(b.server.Shutdown(ctx), <-ended, b.Close()); err != nil {
+			t.Error(err)
 		}
-	}
-	return runs, total
+	})
+	b.uri = nbd.URI{Network: "unix", Address: socket}.String()
 }
+
+// TryReadAt implements block.Device: nothing is at hand far away.
+func (b *farBase) TryReadAt([]byte, int64) error { return block.ErrWouldBlock }
+
+// ReadAt implements block.Device.
+func (b *farBase) ReadAt(p []byte, off int64) (int, error) {
+	time.Sleep(farDelay)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for b.limit >= 0 && b.limit < int64(len(p)) {
+		b.held++
+		b.changed.Broadcast()
+		b.changed.Wait()
+		b.held--
+	}
+	if b.limit >= 0 {
+		b.limit -= int64(len(p))
+	}
+	if b.failing {
+		return 0, syscall.EIO
+	}
+	b.served = append(b.served, prefetch.Run{Offset: off, Length: int64(len(p))})
+	return b.Device.ReadAt(p, off)
+}
+
+// hold makes reads wait when n more bytes have been served.
+func (b *farBase) hold(n int64) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.limit = n
+	b.changed.Broadcast()
+}
+
+// release lets all reads go on.
+func (b *farBase) release() { b.hold(-1) }
+
+// awaitHeld waits until a read waits.
+func (b *farBase) awaitHeld() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for b.held == 0 {
+		b.changed.Wait()
+	}
+}
+
+// fail makes reads fail, or succeed again.
+func (b *farBase) fail(failing bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.failing = failing
+}
+
+// reads lists what was read of the base so far.
+func (b *farBase) reads() (runs []prefetch.Run, total int64) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, r := range b.served {
+		total += r.Length
+	}
+	return slices.Clone(b.served), total
+}
+
+// connected tells whether anybody is.
+func (b *farBase) connected() bool { return b.server.Stats().Connections > 0 }
 
 // overlay makes an image over the base.
 func (b *farBase) overlay(t *testing.T, format, image string, options ...string) {
@@ -164,15 +209,12 @@ func prefetchStatus(t *testing.T, args ...string) exportStatus {
 // until waits for a state of the server's only export.
 func until(t *testing.T, control, what string, is func(b *baseStatus) bool) *baseStatus {
 	t.Helper()
-	for start := time.Now(); ; time.Sleep(10 * time.Millisecond) {
-		b := prefetchStatus(t, "--control", control).Base
-		if b != nil && b.Prefetch != nil && is(b) {
-			return b
-		}
-		if time.Since(start) > farWait {
-			t.Fatalf("waiting for %s: %+v", what, b)
-		}
-	}
+	var b *baseStatus
+	testenv.Until(t, what, func() bool {
+		b = prefetchStatus(t, "--control", control).Base
+		return b != nil && b.Prefetch != nil && is(b)
+	})
+	return b
 }
 
 // readAll copies a disk with nbdcopy.
@@ -241,14 +283,4 @@ func process(t *testing.T, args ...string) (uri string, cmd *exec.Cmd) {
 		t.Fatalf("platter serve: %v\n%s", err, &stderr)
 	}
 	return strings.TrimSpace(uri), cmd
-}
-
-// connected tells whether anybody is.
-func (b *farBase) connected(t *testing.T) bool {
-	t.Helper()
-	p, err := os.ReadFile(b.log)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return bytes.Count(p, []byte(" Connect ")) > bytes.Count(p, []byte(" Disconnect "))
 }

@@ -2,10 +2,12 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os/exec"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/spf13/pflag"
 
@@ -27,8 +29,10 @@ func (f *growFlag) apply(ctx context.Context, o image.Options) image.Options {
 		return o
 	}
 	o.GrowStorage = func(full string, need int64) error {
-		out, err := exec.CommandContext(ctx, f.program, strconv.FormatInt(need, 10), full).CombinedOutput()
-		if err != nil {
+		program := exec.CommandContext(ctx, f.program, strconv.FormatInt(need, 10), full)
+		program.WaitDelay = time.Second // what it leaves running may hold its output open for ever
+		out, err := program.CombinedOutput()
+		if err != nil && !errors.Is(err, exec.ErrWaitDelay) {
 			return fmt.Errorf("growing '%s' by %d bytes: %s: %w: %s", full, need, f.program, err, strings.TrimSpace(string(out)))
 		}
 		return nil

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/platter-disk/platter/image"
+	"github.com/platter-disk/platter/internal/testenv"
 	"github.com/platter-disk/platter/nbd"
 )
 
@@ -29,6 +30,11 @@ func TestGrowStorage(t *testing.T) {
 	}
 	if log, err := os.ReadFile(program + ".log"); err != nil || string(log) != "1048576 /dev/vg/disk\n" {
 		t.Errorf("the program was run with %q, %v", log, err)
+	}
+	write("sleep 600 & exit 0") // keeps the output
+	began := time.Now()
+	if err := grow("/dev/vg/disk", 1); err != nil || time.Since(began) > 5*time.Minute {
+		t.Errorf("a program that leaves another running: %v after %v", err, time.Since(began))
 	}
 	write("echo no room left in the group >&2; exit 5")
 	if err := grow("/dev/vg/disk", 1); err == nil || !strings.Contains(err.Error(), "no room left in the group") || !strings.Contains(err.Error(), "exit status 5") {
@@ -58,13 +64,10 @@ func TestServeEndsWhileStorageGrows(t *testing.T) {
 		written <- err
 	}()
 	wait := func(name string) {
-		for until := time.Now().Add(20 * time.Second); ; time.Sleep(5 * time.Millisecond) {
-			if _, err := os.Stat(file(name)); err == nil {
-				return
-			} else if time.Now().After(until) {
-				t.Fatalf("%s: %v", name, err)
-			}
-		}
+		testenv.Until(t, name, func() bool {
+			_, err := os.Stat(file(name))
+			return err == nil
+		})
 	}
 	wait("began")
 	r.cancel()

@@ -96,21 +96,28 @@ func (f *prefetchCommandFlags) run(cmd *cobra.Command, args []string) error {
 	}
 }
 
+// newBaseLines are those of a command.
+func newBaseLines(cmd *cobra.Command) *baseLines {
+	return &baseLines{grace: baseGrace, warn: func(message string) { warn(cmd, "%s", message) }}
+}
+
 // openOverlay opens an image whose base image is to be copied. over is nil if there is nothing to copy.
-func (f *prefetchCommandFlags) openOverlay(cmd *cobra.Command, name string, readOnly bool) (*image.Image, *overlay, error) {
-	img, err := f.open.open(cmd.Context(), name, f.grow.apply(cmd.Context(), image.Options{ReadOnly: readOnly}))
+func (f *prefetchCommandFlags) openOverlay(cmd *cobra.Command, name string, readOnly bool, lines *baseLines) (*image.Image, *overlay, error) {
+	ctx, opened := lines.opening(cmd.Context())
+	defer opened()
+	img, err := f.open.open(ctx, name, f.grow.apply(cmd.Context(), image.Options{ReadOnly: readOnly}))
 	if err != nil {
 		if errors.Is(err, storage.ErrLocked) {
 			err = fmt.Errorf("%w\nA server that has it can be asked with --control", err)
 		}
-		return nil, nil, err
+		return nil, nil, interrupted(ctx, err)
 	}
 	over, err := overlayOf(img)
 	if err == nil && over != nil {
-		err = over.learn(cmd.Context())
+		err = over.learn(ctx)
 	}
 	if err != nil {
-		return nil, nil, errors.Join(err, img.Close())
+		return nil, nil, errors.Join(interrupted(ctx, err), img.Close())
 	}
 	return img, over, nil
 }
@@ -135,10 +142,12 @@ func (f *prefetchCommandFlags) runImage(cmd *cobra.Command, name string) (err er
 			return fmt.Errorf("--profile: %w", err)
 		}
 	}
-	img, over, err := f.openOverlay(cmd, name, false)
+	lines := newBaseLines(cmd)
+	img, over, err := f.openOverlay(cmd, name, false, lines)
 	if err != nil {
 		return err
 	}
+	defer lines.ending(cmd.Context())()
 	defer func() { err = errors.Join(err, img.Close()) }()
 	if over == nil {
 		return f.print(cmd, exportStatus{Image: name, Format: img.Format(), Size: img.Size()})
@@ -178,7 +187,7 @@ func (f *prefetchCommandFlags) unfinished(ctx context.Context, name string, st p
 
 // imageStatus tells what is left to copy.
 func (f *prefetchCommandFlags) imageStatus(cmd *cobra.Command, name string) (err error) {
-	img, over, err := f.openOverlay(cmd, name, true)
+	img, over, err := f.openOverlay(cmd, name, true, newBaseLines(cmd))
 	if err != nil {
 		return err
 	}

@@ -15,8 +15,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
+	"github.com/platter-disk/platter/internal/testenv"
 	"github.com/platter-disk/platter/jobs/prefetch"
 	"github.com/platter-disk/platter/nbd"
 	"github.com/platter-disk/platter/nbd/server"
@@ -54,15 +54,11 @@ func TestServePrefetch(t *testing.T) {
 				t.Errorf("%d bytes were copied: %+v", moved, b)
 			}
 			// The connection is closed: nothing of the base is read from now on, by anybody.
-			for start := time.Now(); base.connected(t); time.Sleep(5 * time.Millisecond) {
-				if time.Since(start) > farWait {
-					t.Fatal("still connected to the base image")
-				}
-			}
-			_, before := base.reads(t)
+			testenv.Until(t, "the connection to the base image to end", func() bool { return !base.connected() })
+			_, before := base.reads()
 			sameBytes(t, "without the base", readAll(t, r.uri), want)
 			write(t, r.uri, want, 131072)
-			if _, after := base.reads(t); after != before {
+			if _, after := base.reads(); after != before {
 				t.Errorf("%d bytes of the base image were read after it was let go", after-before)
 			}
 			if !strings.Contains(r.said(), "prefetching is complete") {
@@ -96,30 +92,36 @@ func TestServePrefetchResumes(t *testing.T) {
 			args := []string{"--prefetch=size=256k,checkpoint=512k,throttle=0,max-read=8M", "--control", control, "--socket", socket, image}
 			want := bytes.Clone(base.want)
 
+			const some = 5 << 18 // bytes, five reads
+			base.hold(some)
 			uri, cmd := process(t, args...)
 			until(t, control, "the first MiB", func(b *baseStatus) bool { return b.Prefetch.Kept >= 1<<20 })
 			b := *prefetchStatus(t, "--control", control, "pause").Base
 			if b.Prefetch.State != prefetch.StateStopped {
 				t.Errorf("after pause: %+v", b.Prefetch)
 			}
+			base.release()
 			still := until(t, control, "the last read before the pause", func(b *baseStatus) bool { return b.Prefetch.Pauses > 0 })
 			write(t, uri, want, 3<<20, 3<<20+300_000)
 			if b := prefetchStatus(t, "--control", control).Base; b.Prefetch.Kept != still.Prefetch.Kept || b.Prefetch.State != prefetch.StateStopped {
 				t.Errorf("while it is paused: %+v, before %+v", b.Prefetch, still.Prefetch)
 			}
+			base.hold(some)
 			prefetchStatus(t, "--control", control, "resume")
 			until(t, control, "2 MiB", func(b *baseStatus) bool { return b.Prefetch.Kept >= 2<<20 })
 			if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
 				t.Fatal(err)
 			}
+			base.release()
 			if err := cmd.Wait(); err != nil {
 				t.Fatalf("after SIGTERM: %v", err)
 			}
 			left := prefetchStatus(t, image, "status").Base.Remaining
-			if _, read := base.reads(t); read < 2<<20 || left > farSize-2<<20 {
+			if _, read := base.reads(); read < 2<<20 || left > farSize-2<<20 {
 				t.Errorf("%d bytes are left, %d were read", left, read)
 			}
 
+			base.hold(some)
 			_, cmd = process(t, args...)
 			b = *until(t, control, "some more", func(b *baseStatus) bool { return b.Prefetch.Kept >= 1<<20 })
 			if b.Remaining > left-1<<20 {
@@ -129,13 +131,14 @@ func TestServePrefetchResumes(t *testing.T) {
 				t.Fatal(err)
 			}
 			_ = cmd.Wait()
+			base.release()
 
 			uri, cmd = process(t, args...)
 			platterHere(t, "prefetch", "--control", control, "wait", "-q")
 			sameBytes(t, "after all that", readAll(t, uri), want)
 			// What was not durable when the server was killed was read twice: a checkpoint's worth, two reads and a
 			// cluster that a client wrote into.
-			if _, read := base.reads(t); read > farSize+1<<20+2<<18+1<<17 {
+			if _, read := base.reads(); read > farSize+1<<20+2<<18+1<<17 {
 				t.Errorf("%d bytes of a base image of %d were read", read, farSize)
 			}
 			if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
@@ -162,11 +165,11 @@ func TestServePrefetchRetries(t *testing.T) {
 			base := newFarBase(t, dir)
 			base.overlay(t, f.format, image)
 			want := bytes.Clone(base.want)
+			base.hold(5 << 18)
 			r := startServe(t, "--copy-on-read", "--prefetch=size=64k,retry=50ms,throttle=0,max-read=8M", "--control", control, image)
 			until(t, control, "the first MiB", func(b *baseStatus) bool { return b.Prefetch.Kept >= 1<<20 })
-			if err := os.WriteFile(base.fail, nil, 0o600); err != nil {
-				t.Fatal(err)
-			}
+			base.fail(true)
+			base.release()
 			b := until(t, control, "a failure", func(b *baseStatus) bool { return b.Prefetch.State == prefetch.StateRetrying && b.Prefetch.Retries > 1 })
 			if b.Prefetch.Error == "" {
 				t.Errorf("status: %+v", b.Prefetch)
@@ -184,9 +187,7 @@ func TestServePrefetchRetries(t *testing.T) {
 			if !strings.Contains(r.said(), "prefetching will try again") {
 				t.Errorf("stderr says nothing of it:\n%s", r.said())
 			}
-			if err := os.Remove(base.fail); err != nil {
-				t.Fatal(err)
-			}
+			base.fail(false)
 			prefetchStatus(t, "--control", control, "resume")
 			platterHere(t, "prefetch", "--control", control, "wait")
 			sameBytes(t, "afterwards", readAll(t, r.uri), want)
@@ -206,7 +207,9 @@ func TestPrefetchImage(t *testing.T) {
 			if st := prefetchStatus(t, image, "status"); st.Base.Remaining < farSize-farHole || !st.Base.Attached {
 				t.Errorf("status: %+v", st.Base)
 			}
-			cmd := exec.Command("platter", "prefetch", "--progress=json", "-o", "size=64k,max-read=8M", image)
+			base.hold(5 << 18)
+			// The rate leaves the signal time to arrive when reads go on.
+			cmd := exec.Command("platter", "prefetch", "--progress=json", "-o", "size=64k,max-read=1M", image)
 			stderr, err := cmd.StderrPipe()
 			if err != nil {
 				t.Fatal(err)
@@ -216,14 +219,16 @@ func TestPrefetchImage(t *testing.T) {
 			}
 			lines := bufio.NewScanner(stderr)
 			var line progressLine
-			for line.Done < 1<<20 && lines.Scan() {
+			for line.Done < 1<<19 && lines.Scan() {
 				if err := json.Unmarshal(lines.Bytes(), &line); err != nil {
 					t.Fatalf("%q: %v", lines.Text(), err)
 				}
 			}
+			base.awaitHeld()
 			if err := cmd.Process.Signal(os.Interrupt); err != nil {
 				t.Fatal(err)
 			}
+			base.release()
 			var rest []string
 			for lines.Scan() {
 				rest = append(rest, lines.Text())
@@ -300,19 +305,14 @@ func TestProfiles(t *testing.T) {
 			if o := runInPlace(t, "serve", "--record-profile", image, image); o.status != 1 || !strings.Contains(o.stderr, "A file that is no profile is not replaced") {
 				t.Errorf("recording to the image itself: %+v", o)
 			}
-			before, _ := base.reads(t)
+			before, _ := base.reads()
 			// The profile asks for prefetching, and does not wait for its start.
 			r = startServe(t, "--profile", image+".profile", "--control", control, image)
-			for until := time.Now().Add(time.Minute); prefetchStatus(t, "--control", control).Base.Prefetch.Kept < 5<<14; {
-				if time.Now().After(until) {
-					t.Fatal("the profile is not followed")
-				}
-				time.Sleep(10 * time.Millisecond)
-			}
+			until(t, control, "the parts of the profile", func(b *baseStatus) bool { return b.Prefetch.Kept >= 5<<14 })
 			platterHere(t, "prefetch", "--control", control, "resume")
 			platterHere(t, "prefetch", "--control", control, "wait")
 			r.end(t)
-			runs, _ := base.reads(t)
+			runs, _ := base.reads()
 			first := map[int64]bool{}
 			for _, run := range runs[len(before):] {
 				if len(first) < 5 && run.Length <= 65536 {

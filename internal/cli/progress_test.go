@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -33,40 +34,44 @@ func TestPercentMeter(t *testing.T) {
 }
 
 func TestJSONMeter(t *testing.T) {
-	var out bytes.Buffer
-	m := &jsonMeter{out: json.NewEncoder(&out), job: "convert", start: time.Now()}
-	for done := int64(0); done <= 1000; done++ {
-		m.update(done, 1000)
-	}
-	m.end()
-	lines := strings.Split(strings.TrimSpace(out.String()), "\n")
-	if len(lines) < 2 || len(lines) > 100 {
-		t.Fatalf("%d lines for a short job:\n%s", len(lines), out.String())
-	}
-	var last progressLine
-	if err := json.Unmarshal([]byte(lines[len(lines)-1]), &last); err != nil {
-		t.Fatal(err)
-	}
-	last.Seconds = 0
-	if want := (progressLine{Job: "convert", Done: 1000, Total: 1000, Percent: 100}); last != want {
-		t.Errorf("the last line is %+v, expected %+v", last, want)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		var out bytes.Buffer
+		m := &jsonMeter{out: json.NewEncoder(&out), job: "convert", start: time.Now()}
+		for done := int64(0); done <= 1000; done++ {
+			m.update(done, 1000)
+		}
+		m.end()
+		lines := strings.Split(strings.TrimSpace(out.String()), "\n")
+		if len(lines) != 2 {
+			t.Fatalf("%d lines for a job that takes no time:\n%s", len(lines), out.String())
+		}
+		var last progressLine
+		if err := json.Unmarshal([]byte(lines[len(lines)-1]), &last); err != nil {
+			t.Fatal(err)
+		}
+		last.Seconds = 0
+		if want := (progressLine{Job: "convert", Done: 1000, Total: 1000, Percent: 100}); last != want {
+			t.Errorf("the last line is %+v, expected %+v", last, want)
+		}
+	})
 }
 
 func TestBarMeter(t *testing.T) {
-	var out bytes.Buffer
-	quick := &barMeter{out: &out, job: "convert", start: time.Now()}
-	quick.update(0, 100)
-	quick.update(100, 100)
-	quick.end()
-	if out.Len() > 0 {
-		t.Errorf("a quick job shows %q", out.String())
-	}
-	long := &barMeter{out: &out, job: "convert", start: time.Now().Add(-2 * barDelay)}
-	long.update(0, 0)
-	long.update(10<<20, 100<<20)
-	if s := out.String(); !strings.Contains(s, "convert") || !strings.Contains(s, "10%") {
-		t.Errorf("a long job shows %q", s)
-	}
-	long.end()
+	synctest.Test(t, func(t *testing.T) {
+		var out bytes.Buffer
+		quick := &barMeter{out: &out, job: "convert", start: time.Now()}
+		quick.update(0, 100)
+		quick.update(100, 100)
+		quick.end()
+		if out.Len() > 0 {
+			t.Errorf("a quick job shows %q", out.String())
+		}
+		long := &barMeter{out: &out, job: "convert", start: time.Now().Add(-2 * barDelay)}
+		long.update(0, 0)
+		long.update(10<<20, 100<<20)
+		if s := out.String(); !strings.Contains(s, "convert") || !strings.Contains(s, "10%") {
+			t.Errorf("a long job shows %q", s)
+		}
+		long.end()
+	})
 }

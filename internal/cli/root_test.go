@@ -17,15 +17,15 @@ import (
 	"github.com/platter-disk/platter/internal/testenv"
 )
 
-// slowConvert starts a copy of 4 MiB that takes some seconds, by way of before (sh's words, may be empty), and
-// returns when it is under way. target appears in the working directory of the test.
-func slowConvert(t *testing.T, before, target string) (cmd *exec.Cmd, stderr *bufio.Reader) {
+// slowConvert starts a copy of 4 MiB at a rate, by way of before (sh's words, may be empty), and returns when it is
+// under way. target appears in the working directory of the test.
+func slowConvert(t *testing.T, before, rate, target string) (cmd *exec.Cmd, stderr *bufio.Reader) {
 	t.Helper()
 	testenv.Need(t, "sh")
 	if err := os.WriteFile("in.raw", bytes.Repeat([]byte("data"), 1<<20), 0o666); err != nil {
 		t.Fatal(err)
 	}
-	cmd = exec.Command("sh", "-c", before+` exec platter convert --progress=json -r 2M -f raw -O qcow2 in.raw "$0"`, target)
+	cmd = exec.Command("sh", "-c", before+` exec platter convert --progress=json -r "$0" -f raw -O qcow2 in.raw "$1"`, rate, target)
 	pipe, err := cmd.StderrPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -52,7 +52,7 @@ func TestSignals(t *testing.T) {
 	}{
 		{syscall.SIGINT, 1, 130}, {syscall.SIGTERM, 1, 143}, {syscall.SIGHUP, 1, 129}, {syscall.SIGHUP, 20, 129},
 	} {
-		cmd, stderr := slowConvert(t, "", "out.qcow2")
+		cmd, stderr := slowConvert(t, "", "16k", "out.qcow2") // 4 minutes
 		for range tt.times {
 			if err := cmd.Process.Signal(tt.signal); err != nil && !errors.Is(err, os.ErrProcessDone) {
 				t.Fatal(err)
@@ -73,7 +73,7 @@ func TestSignals(t *testing.T) {
 // TestIgnoredHangup: what was told to outlive its terminal does.
 func TestIgnoredHangup(t *testing.T) {
 	t.Chdir(t.TempDir())
-	cmd, stderr := slowConvert(t, "trap '' HUP;", "out.qcow2")
+	cmd, stderr := slowConvert(t, "trap '' HUP;", "2M", "out.qcow2")
 	if err := cmd.Process.Signal(syscall.SIGHUP); err != nil {
 		t.Fatal(err)
 	}
@@ -105,7 +105,7 @@ func TestServeHangup(t *testing.T) {
 	if err := cmd.Process.Signal(syscall.SIGHUP); err != nil {
 		t.Fatal(err)
 	}
-	ended := time.AfterFunc(20*time.Second, func() { cmd.Process.Kill() })
+	ended := time.AfterFunc(testenv.Patience, func() { cmd.Process.Kill() })
 	defer ended.Stop()
 	if err := cmd.Wait(); err != nil {
 		t.Errorf("after SIGHUP: %v", err)

@@ -91,7 +91,7 @@ one for each image in the same order. A client that names no export gets the fir
 	fs.StringVar(&f.discard, "discard", "unmap", "what to do with space that a client discards: `MODE` is unmap\n(give it back to the file system) or ignore")
 	completeWith(cmd, "discard", "unmap", "ignore")
 	fs.StringVar(&f.create, "create", "", "make a disk of `SIZE` bytes where the image does not exist (qcow2,\nunless --format says otherwise)")
-	fs.StringVar(&f.l2Cache, "l2-cache-size", "", "`SIZE` of the cache for the tables of each image (default: by the disk's size)")
+	fs.StringVar(&f.l2Cache, "l2-cache-size", "", "`SIZE` of the cache for the tables of each qcow2 image (default: by the disk's size)")
 	fs.StringVar(&f.control, "control", "", "accept commands on a Unix socket at `PATH`: HTTP with JSON,\nGET /status, POST /flush, POST /quit, POST /prefetch/pause, POST\n/prefetch/resume; platter prefetch --control asks there")
 	fs.IntVar(&f.maxConns, "max-connections", 128, "`N` connections at a time; further ones are closed at once")
 	fs.StringVar(&f.maxRequest, "max-request", "32M", "`SIZE` of the largest read or write of a client, 64k to 1G")
@@ -136,8 +136,11 @@ func (f *serveFlags) run(cmd *cobra.Command, args []string) (err error) {
 	}
 	defer closeAll(f.sockets.passed)
 
-	exports, err := f.openImages(ctx, cmd, args, options)
+	lines := &baseLines{grace: baseGrace, warn: func(message string) { config.Logger.Warn(message) }}
+	exports, err := f.openImages(ctx, cmd, args, options, lines)
 	defer func() {
+		cancel()
+		defer lines.ending(ctx)()
 		for _, e := range exports {
 			if e.fetcher != nil {
 				e.fetcher.stop()
@@ -193,7 +196,10 @@ func (f *serveFlags) run(cmd *cobra.Command, args []string) (err error) {
 		work.Go(func() error {
 			err := srv.Serve(ctx, l)
 			cancel() // one socket failed, or all are to end
-			if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
+			if errors.Is(err, ctx.Err()) {
+				return nil
+			}
+			if errors.Is(err, server.ErrShutdown) { // all are to end, and this one had not begun
 				return nil
 			}
 			return err
@@ -290,16 +296,18 @@ func (f *serveFlags) parse(cmd *cobra.Command, args []string) (server.Config, im
 
 // openImages opens the images, making those that are to be made. The images it returns are open even when
 // it also returns an error.
-func (f *serveFlags) openImages(ctx context.Context, cmd *cobra.Command, names []string, o image.Options) ([]export, error) {
+func (f *serveFlags) openImages(ctx context.Context, cmd *cobra.Command, names []string, o image.Options, lines *baseLines) ([]export, error) {
 	exports := make([]export, 0, len(names))
 	for i, name := range names {
 		if err := f.createMissing(ctx, cmd, name); err != nil {
 			return exports, err
 		}
 		// A request that has begun is finished when the server is told to end, its storage made larger if need be.
-		img, err := f.open.open(ctx, name, f.grow.apply(context.WithoutCancel(ctx), o))
+		watched, opened := lines.opening(ctx)
+		img, err := f.open.open(watched, name, f.grow.apply(context.WithoutCancel(ctx), o))
+		opened()
 		if err != nil {
-			return exports, err
+			return exports, interrupted(ctx, err)
 		}
 		if !f.readOnly {
 			warnProbedRaw(cmd, img)

@@ -68,7 +68,7 @@ func TestServeActivated(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer passed.Close()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), testenv.Patience)
 	defer cancel()
 	command := func(args ...string) (cmd *exec.Cmd, stdout, stderr *bytes.Buffer) {
 		cmd = exec.CommandContext(ctx, "sh", append([]string{"-c", `LISTEN_PID=$$ LISTEN_FDS=1 exec platter serve --create 1M "$@"`, "sh"}, args...)...)
@@ -132,7 +132,7 @@ func TestServeExitWhenIdle(t *testing.T) {
 		if status != 0 {
 			t.Errorf("exit status %d\n%s", status, r.said())
 		}
-	case <-time.After(20 * time.Second):
+	case <-time.After(testenv.Patience):
 		t.Errorf("the server stays\n%s", r.said())
 	}
 }
@@ -165,15 +165,13 @@ func TestServeOutlivesNoClient(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = cmd.Wait()
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
-		if _, err := os.Stat("c"); errors.Is(err, fs.ErrNotExist) {
-			break
+	defer func() {
+		if p, err := os.FindProcess(pid); t.Failed() && err == nil {
+			p.Kill()
 		}
-		if time.Now().After(deadline) {
-			if p, err := os.FindProcess(pid); err == nil {
-				p.Kill()
-			}
-			t.Fatal("the server is still there")
-		}
-	}
+	}()
+	testenv.Until(t, "the server to end", func() bool {
+		_, err := os.Stat("c")
+		return errors.Is(err, fs.ErrNotExist)
+	})
 }

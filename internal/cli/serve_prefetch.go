@@ -19,7 +19,6 @@ import (
 const (
 	reportInterval  = 10 * time.Second // between reports of progress
 	profileInterval = 5 * time.Second  // between looks at whether a profile is to be written again
-	baseGrace       = 5 * time.Second  // that a base image has to answer its last read when the server ends
 )
 
 // prefetchFlags are the flags of serve about base images.
@@ -92,7 +91,6 @@ func pick(files []string, i int) string {
 // fetcher makes a disk that is being served independent of its base image.
 type fetcher struct {
 	over     *overlay
-	image    *image.Image
 	disk     *prefetch.CopyOnRead
 	size     int64                // bytes that the base image covers
 	keeps    bool                 // what clients read
@@ -118,7 +116,7 @@ func (f *prefetchFlags) newFetcher(img *image.Image, export string, i int, log *
 		}
 		return nil, nil
 	}
-	ft := &fetcher{over: over, image: img, size: over.BaseSize(), log: log}
+	ft := &fetcher{over: over, size: over.BaseSize(), log: log}
 	readOnly := img.Limits().ReadOnly
 	options, prefetches := prefetch.Options{}, false
 	reading := prefetch.CopyOnReadOptions{MaxOutstanding: -1, Failed: func(err error) { log.Error(err.Error()) }}
@@ -188,30 +186,13 @@ func (ft *fetcher) start() {
 	}
 }
 
-// stop ends the work: what is under way is finished, and a profile is written. A base image that does not answer is
-// closed, which fails the reads that wait for it; the disk under it can then be closed like any other.
+// stop ends the work: what is under way is finished, and a profile is written.
 func (ft *fetcher) stop() {
 	if ft.cancel == nil {
 		return
 	}
 	ft.cancel()
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		ft.work.Wait()
-	}()
-	select {
-	case <-ended:
-		return
-	case <-time.After(baseGrace):
-	}
-	ft.log.Warn("the base image does not answer and is closed", "after", baseGrace)
-	for i := len(ft.image.Chain()) - 1; i > 0; i-- { // those above wait for those below
-		if err := ft.image.LayerDevice(i).Close(); err != nil {
-			ft.log.Warn("closing the base image", "error", err)
-		}
-	}
-	<-ended
+	ft.work.Wait()
 }
 
 // trace logs the steps of prefetching that a user wants to know of.

@@ -19,11 +19,13 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/platter-disk/platter/internal/testenv"
 	"github.com/platter-disk/platter/nbd"
 )
 
@@ -126,6 +128,29 @@ func TestServe(t *testing.T) {
 	r.end(t)
 	if _, err := os.Stat(private); !os.IsNotExist(err) {
 		t.Errorf("the directory of the socket is still there: %v", err)
+	}
+}
+
+// afterWrite is an io.Writer that calls itself for what is written.
+type afterWrite func()
+
+func (f afterWrite) Write(p []byte) (int, error) {
+	f()
+	return len(p), nil
+}
+
+// TestServeEndsAtOnce: a server that is told to end when it has just said that it is ready ends well, even if it has
+// not come to accept connections.
+func TestServeEndsAtOnce(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1)) // so that no other goroutine runs before this one waits
+	file := func(name string) string { return filepath.Join(t.TempDir(), name) }
+	for range 10 {
+		ctx, cancel := context.WithCancel(t.Context())
+		r := &running{}
+		args := []string{"serve", "--create", "1M", "--socket", file("s"), "--listen", "127.0.0.1:0", "--control", file("c"), file("disk.qcow2")}
+		if status := run(ctx, args, afterWrite(cancel), r); status != 0 {
+			t.Fatalf("exit status %d\n%s", status, r.said())
+		}
 	}
 }
 
@@ -417,7 +442,7 @@ func TestServeCreateSpares(t *testing.T) {
 	old := "nbd:unix:" + filepath.Join(dir, "below")
 	refused := func(name string) {
 		t.Helper()
-		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second) // or it would serve
+		ctx, cancel := context.WithTimeout(t.Context(), testenv.Patience) // or it would serve
 		defer cancel()
 		var stderr bytes.Buffer
 		if status := run(ctx, []string{"serve", "--create", "64k", "--format", "qcow2", name}, io.Discard, &stderr); status != 1 {

@@ -29,6 +29,23 @@ func Missing(t testing.TB, what string) {
 	t.Skipf("needs %s", what)
 }
 
+// Patience is how long a test waits for what has to happen. It is far longer than that takes on the slowest machine:
+// a test that gave up early would fail for nothing.
+const Patience = 2 * time.Minute
+
+// Until polls until something is so, ever more slowly, and fails t when Patience is over. It must be called by the
+// goroutine of the test.
+func Until(t testing.TB, what string, so func() bool) {
+	t.Helper()
+	end := time.Now().Add(Patience)
+	for pause := time.Millisecond; !so(); pause = min(2*pause, 50*time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("waited in vain for %s", what)
+		}
+		time.Sleep(pause)
+	}
+}
+
 // Run executes a program that Need has found and returns its standard output; it fails t with everything
 // the program printed when it exits other than with 0.
 func Run(t testing.TB, name string, args ...string) string {
@@ -56,14 +73,13 @@ func Serve(t testing.TB, socket, name string, args ...string) {
 		cmd.Process.Kill()
 		cmd.Wait()
 	})
-	for range 3000 {
-		if c, err := net.Dial("unix", socket); err == nil {
+	Until(t, name+" to listen on "+socket, func() bool {
+		c, err := net.Dial("unix", socket)
+		if err == nil {
 			c.Close()
-			return
 		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	t.Fatalf("%s does not listen on %s", name, socket)
+		return err == nil
+	})
 }
 
 // head keeps the first 64 KiB of what a program prints on its standard error.

@@ -16,6 +16,7 @@ import (
 	"github.com/platter-disk/platter/block"
 	"github.com/platter-disk/platter/format/fvd"
 	"github.com/platter-disk/platter/format/qcow2"
+	"github.com/platter-disk/platter/internal/testenv"
 	"github.com/platter-disk/platter/storage"
 )
 
@@ -92,11 +93,14 @@ func TestBaseThatCannotTell(t *testing.T) {
 	}
 	clock := newFakeClock()
 	var events []Event
-	retried := make(chan struct{}, 100)
+	retried, enough := make(chan struct{}), make(chan struct{})
 	p2 := New(g, Options{Clock: clock, Trace: func(e Event) {
 		events = append(events, e)
-		if e.Kind == EventRetry {
-			retried <- struct{}{}
+		if e.Kind == EventRetry { // no time passes between two of them
+			select {
+			case retried <- struct{}{}:
+			case <-enough:
+			}
 		}
 	}})
 	done := make(chan error)
@@ -105,6 +109,7 @@ func TestBaseThatCannotTell(t *testing.T) {
 		<-retried
 	}
 	d.breakBase(nil)
+	close(enough)
 	must(t, <-done)
 	if !detached || d.inBase() != 0 {
 		t.Errorf("detached %v, %d bytes in the base", detached, d.inBase())
@@ -129,7 +134,7 @@ func TestBaseThatCannotTell(t *testing.T) {
 func TestNoRetry(t *testing.T) {
 	d := newLayered(1<<20, 65536)
 	d.breakBase(errors.New("the base is gone"))
-	p := New(Guard(d, GuardedOptions{BaseSize: d.Size()}), Options{Retry: -1})
+	p := New(Guard(d, GuardedOptions{BaseSize: d.Size()}), Options{Retry: -1, Throttle: -1})
 	if err := p.Run(t.Context()); !errors.Is(err, d.failBase) || p.Status().State != StateFailed {
 		t.Errorf("%v, %+v", err, p.Status())
 	}
@@ -171,7 +176,7 @@ func TestHoles(t *testing.T) {
 	if err := g.TryReadAt(got[:131072], 65536+100); !errors.Is(err, block.ErrWouldBlock) {
 		t.Errorf("TryReadAt of data and holes: %v", err)
 	}
-	must(t, New(g, Options{}).Run(t.Context()))
+	must(t, New(g, Options{Throttle: -1}).Run(t.Context()))
 	got = make([]byte, 1<<20)
 	_, err = g.ReadAt(got, 0)
 	must(t, err)
@@ -191,9 +196,9 @@ func TestHoleLeftAsItIs(t *testing.T) {
 	clear(d.base[131072:524288])
 	g := Guard(d, GuardedOptions{BaseSize: d.Size()})
 	g.leave(g.enter(300_000, 10), false) // nothing changed
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), testenv.Patience)
 	defer cancel()
-	must(t, New(g, Options{}).Run(ctx))
+	must(t, New(g, Options{Throttle: -1}).Run(ctx))
 }
 
 // huge is a device of which nothing is ever read.
@@ -250,7 +255,7 @@ func TestMixedUnits(t *testing.T) {
 	if kept, err := g.Populate(bytes.Repeat([]byte{5}, 65536), 0); err != nil || kept != 65536 {
 		t.Errorf("kept %d: %v", kept, err)
 	}
-	must(t, New(g, Options{}).Run(t.Context()))
+	must(t, New(g, Options{Throttle: -1}).Run(t.Context()))
 	if d.inBase() != 0 || !bytes.Equal(d.top, want) {
 		t.Errorf("%d bytes in the base, or the disk differs", d.inBase())
 	}

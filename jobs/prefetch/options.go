@@ -67,7 +67,9 @@ type Options struct {
 	// there; negative: only at the end.
 	CheckpointEvery int64
 
-	Trace func(Event) // told every step, from one goroutine at a time; may be nil
+	// Trace is told every step, from one goroutine at a time; may be nil. It may ask how far the Prefetcher is, have it
+	// pause and resume.
+	Trace func(Event)
 
 	Clock Clock          // nil: the real time
 	Rand  func() float64 // in [0, 1); nil: math/rand

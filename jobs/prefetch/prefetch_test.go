@@ -199,7 +199,7 @@ func TestPauseAndStop(t *testing.T) {
 		switch e.Kind {
 		case EventRead:
 			if reads++; reads == 4 {
-				p.stopped = true // Trace runs with the state locked
+				p.Pause()
 			}
 		case EventPause:
 			paused <- struct{}{}
@@ -225,7 +225,7 @@ func TestPauseAndStop(t *testing.T) {
 	if err != nil && (!errors.Is(err, context.Canceled) || d.flushes == 0) {
 		t.Errorf("%v, %d flushes", err, d.flushes)
 	}
-	again := New(g, Options{PerPrefetch: 65536})
+	again := New(g, Options{PerPrefetch: 65536, Throttle: -1})
 	left := d.inBase()
 	must(t, again.Run(context.Background()))
 	if s := again.Status(); s.Read != left {
@@ -305,7 +305,7 @@ func TestGuardedWritesWin(t *testing.T) {
 		want := bytes.Clone(d.base)
 		var wg sync.WaitGroup
 		wg.Go(func() {
-			if err := New(g, Options{PerPrefetch: 8192}).Run(context.Background()); err != nil {
+			if err := New(g, Options{PerPrefetch: 8192, Throttle: -1}).Run(context.Background()); err != nil {
 				t.Error(err)
 			}
 		})
@@ -425,7 +425,7 @@ func TestFVD(t *testing.T) {
 		must(t, err)
 		var wg sync.WaitGroup
 		wg.Go(func() {
-			if err := New(c, Options{PerPrefetch: 100_000, CheckpointEvery: 500_000}).Run(context.Background()); err != nil {
+			if err := New(c, Options{PerPrefetch: 100_000, CheckpointEvery: 500_000, Throttle: -1}).Run(context.Background()); err != nil {
 				t.Error(err)
 			}
 		})

@@ -50,6 +50,8 @@ type Prefetcher struct {
 	over Overlay
 	o    Options
 
+	tracing sync.Mutex // held while Options.Trace is told of a step; taken before mu
+
 	mu           sync.Mutex
 	wake         sync.Cond // the user resumed, or the context of one that waits for that ended
 	status       Status
@@ -344,8 +346,10 @@ func (p *Prefetcher) enter(s State) {
 
 // trace fills in the time and the averages and passes the event on.
 func (p *Prefetcher) trace(e Event) {
+	p.tracing.Lock()
+	defer p.tracing.Unlock()
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	e.Time, e.ReadAverage, e.WriteAverage = p.o.Clock.Now(), p.read.average, p.write.average
+	p.mu.Unlock()
 	p.o.Trace(e)
 }

@@ -164,7 +164,7 @@ func TestHolesAreNotRead(t *testing.T) {
 		_, err = im.ReadAt(want, 0)
 		must(t, err)
 		before := base.read()
-		p := New(im, Options{PerPrefetch: 100_000})
+		p := New(im, Options{PerPrefetch: 100_000, Throttle: -1})
 		must(t, p.Run(t.Context()))
 		whole := max(0, (hole.Offset+hole.Length)/4096*4096-(hole.Offset+4095)/4096*4096)
 		if got := base.read() - before; got != size-whole || p.Status().Read != got || p.Status().Kept != size {

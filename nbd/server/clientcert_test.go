@@ -8,8 +8,8 @@ import (
 	"net"
 	"strings"
 	"testing"
-	"time"
 
+	"github.com/platter-disk/platter/internal/testenv"
 	"github.com/platter-disk/platter/nbd/internal/nbdtest"
 	"github.com/platter-disk/platter/nbd/server"
 )
@@ -35,7 +35,7 @@ func handshake(t *testing.T, serve, dial *tls.Config) (resumed bool, err error) 
 	go func() {
 		defer far.Close()
 		s := tls.Server(far, serve)
-		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), testenv.Patience)
 		defer cancel()
 		err := s.HandshakeContext(ctx)
 		if err == nil {

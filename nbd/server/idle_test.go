@@ -4,6 +4,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/platter-disk/platter/internal/testenv"
 	"github.com/platter-disk/platter/nbd"
 	"github.com/platter-disk/platter/nbd/internal/nbdtest"
 	"github.com/platter-disk/platter/nbd/server"
@@ -16,15 +17,13 @@ func TestOnIdle(t *testing.T) {
 	s := nbdtest.Serve(t, server.Config{OnIdle: func() { idle <- struct{}{} }}, server.Export{Device: nbdtest.Disk(t, 1<<20)})
 	gone := func() {
 		t.Helper()
-		for s.Stats().Connections > 0 {
-			time.Sleep(time.Millisecond)
-		}
+		testenv.Until(t, "the connections to end", func() bool { return s.Stats().Connections == 0 })
 	}
 	said := func() {
 		t.Helper()
 		select {
 		case <-idle:
-		case <-time.After(10 * time.Second):
+		case <-time.After(testenv.Patience):
 			t.Fatal("the server does not say that it is idle")
 		}
 	}

@@ -15,7 +15,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/platter-disk/platter/block"
 	"github.com/platter-disk/platter/format/raw"
@@ -216,7 +215,7 @@ func TestTLSClients(t *testing.T) {
 	ended := make(chan error, 1)
 	go func() { ended <- s.Serve(context.Background(), l) }()
 	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), testenv.Patience)
 		defer cancel()
 		if err := s.Shutdown(ctx); err != nil {
 			t.Error(err)

@@ -7,18 +7,48 @@ import (
 	"net"
 	"os"
 	"strconv"
+	"sync"
 	"syscall"
 )
 
 // Listen is net.Listen for "tcp" and "unix". It replaces a Unix socket that no process listens on any more,
-// which a server that was killed leaves behind; anything else at that path is an error.
+// which a server that was killed leaves behind; anything else at that path is an error. Closing the listener removes
+// its socket, unless the path leads to something else by then: another server's socket, say.
 func Listen(network, address string) (net.Listener, error) {
-	if network == "unix" {
-		if err := removeStale(address); err != nil {
-			return nil, err
-		}
+	if network != "unix" {
+		return net.Listen(network, address)
 	}
-	return net.Listen(network, address)
+	if err := removeStale(address); err != nil {
+		return nil, err
+	}
+	l, err := net.ListenUnix(network, &net.UnixAddr{Name: address, Net: network})
+	if err != nil {
+		return nil, err
+	}
+	made, err := os.Lstat(address)
+	if err != nil { // an abstract socket, or somebody removed it already
+		return l, nil
+	}
+	l.SetUnlinkOnClose(false)
+	return &unixListener{UnixListener: l, path: address, made: made}, nil
+}
+
+// unixListener removes its socket when it is closed.
+type unixListener struct {
+	*net.UnixListener
+	path    string
+	made    fs.FileInfo
+	removal sync.Once
+}
+
+// Close removes the socket first: as long as it is open nothing else has its inode number.
+func (l *unixListener) Close() error {
+	l.removal.Do(func() {
+		if now, err := os.Lstat(l.path); err == nil && os.SameFile(now, l.made) {
+			os.Remove(l.path)
+		}
+	})
+	return l.UnixListener.Close()
 }
 
 func removeStale(path string) error {

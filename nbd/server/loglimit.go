@@ -49,15 +49,21 @@ func (l *logLimit) take() bool {
 
 // summarize ends the window: it writes how many lines were left out, if any were.
 func (l *logLimit) summarize() {
+	if more := l.end(); more > 0 {
+		l.logger.Log(context.Background(), l.level, l.message+", and more that are not logged", "more", more)
+	}
+}
+
+// end ends the window and returns how many lines were left out in it.
+func (l *logLimit) end() (more int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.window == nil {
-		return
+		return 0
 	}
 	l.window.Stop()
 	l.window = nil
-	if more := l.lines - logLines; more > 0 {
-		l.logger.Log(context.Background(), l.level, l.message+", and more that are not logged", "more", more)
-	}
+	more = max(0, l.lines-logLines)
 	l.lines = 0
+	return more
 }

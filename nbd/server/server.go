@@ -7,6 +7,8 @@
 //	…
 //	err = s.Shutdown(ctx) // answers what is in flight; closing the devices is the caller's
 //
+// docs/library.md of the repository has whole programs, with TLS and with disks that move over from a base image.
+//
 // # How a request is served
 //
 // A connection has one goroutine that reads. It takes as many requests from the socket as one system call
@@ -261,14 +263,18 @@ func (s *Server) accept(nc net.Conn) {
 // cutStalled cuts the connections of clients that keep others waiting. It is called while somebody waits for
 // the server's budget.
 func (s *Server) cutStalled() {
+	cut := map[*conn]time.Duration{}
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	defer s.budget.wake()
 	for c := range s.conns {
 		if stalled := c.stalled(); stalled >= s.cfg.StallTimeout {
-			s.cfg.Logger.Warn("nbd: connection cut: others wait for what it holds", "client", c.raw.RemoteAddr(), "stalled", stalled)
+			cut[c] = stalled
 			c.kill()
 		}
+	}
+	s.mu.Unlock()
+	s.budget.wake()
+	for c, stalled := range cut { // without the lock: a log may be slow, and may ask the server something
+		s.cfg.Logger.Warn("nbd: connection cut: others wait for what it holds", "client", c.raw.RemoteAddr(), "stalled", stalled)
 	}
 }
 

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/platter-disk/platter/block"
+	"github.com/platter-disk/platter/internal/testenv"
 	"github.com/platter-disk/platter/nbd"
 	"github.com/platter-disk/platter/nbd/internal/nbdtest"
 	"github.com/platter-disk/platter/nbd/server"
@@ -346,12 +347,13 @@ func TestShutdownRefusesQueuedRequests(t *testing.T) {
 	<-begun
 	stopped := make(chan struct{})
 	go func() { s.Stop(); close(stopped) }()
-	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
-		if _, err := net.Dial("unix", s.Socket); err != nil {
-			break // the listener is closed after draining was set
+	testenv.Until(t, "the listener to close, which is after draining was set", func() bool {
+		c, err := net.Dial("unix", s.Socket)
+		if err == nil {
+			c.Close()
 		}
-	}
-	time.Sleep(10 * time.Millisecond)
+		return err != nil
+	})
 	close(release)
 	for i := range uint64(3) {
 		want := nbd.ESHUTDOWN
@@ -378,11 +380,7 @@ func TestMaxConnections(t *testing.T) {
 	a.alive()
 	b.request(nbd.Request{Command: nbd.CmdDisc}, nil)
 	b.ended()
-	for deadline := time.Now().Add(5 * time.Second); s.Stats().Connections > 1; time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatal("the connection is still counted")
-		}
-	}
+	testenv.Until(t, "the connection to be counted no longer", func() bool { return s.Stats().Connections == 1 })
 	enter(t, s, nbd.SimpleReplies).alive()
 	if st := s.Stats(); st.Refused != 1 || st.Accepted != 3 || st.Connections != 2 {
 		t.Errorf("statistics: %+v", st)
@@ -467,8 +465,10 @@ func TestListen(t *testing.T) {
 	if _, err := server.Listen("unix", path); err == nil || !strings.Contains(err.Error(), "another process listens") {
 		t.Errorf("a socket in use: %v", err)
 	}
-	l.(*net.UnixListener).SetUnlinkOnClose(false) // as after a kill
-	l.Close()
+	aside := path + ".aside" // the socket stays, as after a kill
+	if err := errors.Join(os.Rename(path, aside), l.Close(), os.Rename(aside, path)); err != nil {
+		t.Fatal(err)
+	}
 	if l, err = server.Listen("unix", path); err != nil {
 		t.Fatalf("a socket that was left behind: %v", err)
 	}

@@ -11,6 +11,7 @@ import (
 
 	"go.uber.org/goleak"
 
+	"github.com/platter-disk/platter/internal/testenv"
 	"github.com/platter-disk/platter/nbd"
 	"github.com/platter-disk/platter/nbd/internal/nbdtest"
 )
@@ -24,15 +25,21 @@ type session struct {
 	mode nbd.ReplyMode
 }
 
-// connect goes through the greeting.
+// connect connects and goes through the greeting.
 func connect(t testing.TB, s *nbdtest.Served) *session {
 	t.Helper()
 	c, err := net.Dial("unix", s.Socket)
 	if err != nil {
 		t.Fatal(err)
 	}
+	return greet(t, c)
+}
+
+// greet goes through the greeting. The connection ends with the test.
+func greet(t testing.TB, c net.Conn) *session {
+	t.Helper()
 	t.Cleanup(func() { c.Close() })
-	c.SetDeadline(time.Now().Add(20 * time.Second))
+	c.SetDeadline(time.Now().Add(testenv.Patience))
 	x := &session{Conn: c, t: t}
 	if flags, err := nbd.DecodeGreeting(x.read(nbd.GreetingSize)); err != nil || flags != nbd.FlagFixedNewstyle|nbd.FlagNoZeroes {
 		t.Fatalf("greeting %#x, %v", flags, err)
@@ -40,11 +47,16 @@ func connect(t testing.TB, s *nbdtest.Served) *session {
 	return x
 }
 
-// enter goes all the way into the transmission phase of the default export, with both metadata contexts
-// where the form of replies allows them.
+// enter connects and goes all the way into the transmission phase.
 func enter(t testing.TB, s *nbdtest.Served, mode nbd.ReplyMode) *session {
 	t.Helper()
-	x := connect(t, s)
+	return connect(t, s).enter(mode)
+}
+
+// enter goes from the greeting into the transmission phase of the default export, with both metadata contexts where the
+// form of replies allows them.
+func (x *session) enter(mode nbd.ReplyMode) *session {
+	x.t.Helper()
 	x.write(nbd.AppendClientFlags(nil, nbd.ClientFixedNewstyle|nbd.ClientNoZeroes))
 	x.mode = mode
 	if mode != nbd.SimpleReplies {

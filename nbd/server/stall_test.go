@@ -5,10 +5,12 @@ import (
 	"errors"
 	"log/slog"
 	"net"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 	"unicode/utf8"
 
@@ -37,6 +39,14 @@ func (p *pipes) Accept() (net.Conn, error) {
 
 func (p *pipes) Close() error   { p.once.Do(func() { close(p.ended) }); return nil }
 func (p *pipes) Addr() net.Addr { return &net.UnixAddr{Name: "pipes", Net: "unix"} }
+
+// connect connects to whoever serves p and goes through the greeting.
+func (p *pipes) connect(t testing.TB) *session {
+	t.Helper()
+	ours, theirs := net.Pipe()
+	p.conns <- theirs
+	return greet(t, ours)
+}
 
 // serve runs a server on p until the test ends.
 func (p *pipes) serve(t *testing.T, cfg server.Config, x server.Export) *server.Server {
@@ -83,62 +93,58 @@ func (c *slowStart) SetReadDeadline(t time.Time) error {
 // TestShutdownMeetsNewConnection: a connection that is accepted just before Shutdown does not hold it up for
 // the time of a handshake.
 func TestShutdownMeetsNewConnection(t *testing.T) {
-	p := newPipes()
-	s := p.serve(t, server.Config{}, server.Export{Device: nbdtest.Disk(t, 1<<20)})
-	ours, theirs := net.Pipe()
-	defer ours.Close()
-	p.conns <- &slowStart{Conn: theirs, drained: make(chan struct{})}
-	go func() { // says nothing
-		b := make([]byte, nbd.GreetingSize)
-		ours.Read(b)
-	}()
-	for s.Stats().Connections == 0 {
-		time.Sleep(time.Millisecond)
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-	defer cancel()
-	if err := s.Shutdown(ctx); err != nil {
-		t.Errorf("shutdown with a connection that is new: %v", err)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		p := newPipes()
+		s := p.serve(t, server.Config{}, server.Export{Device: nbdtest.Disk(t, 1<<20)})
+		ours, theirs := net.Pipe()
+		defer ours.Close()
+		p.conns <- &slowStart{Conn: theirs, drained: make(chan struct{})}
+		go func() { // says nothing
+			b := make([]byte, nbd.GreetingSize)
+			ours.Read(b)
+		}()
+		synctest.Wait()
+		if n := s.Stats().Connections; n != 1 {
+			t.Fatalf("%d connections", n)
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		defer cancel()
+		if err := s.Shutdown(ctx); err != nil {
+			t.Errorf("shutdown with a connection that is new: %v", err)
+		}
+	})
 }
 
 // TestStalledClientKeepsToItsShare: replies that a client does not take count as bytes in flight until they
 // are sent.
 func TestStalledClientKeepsToItsShare(t *testing.T) {
-	const unit, share = 1 << 20, 3
-	var reads atomic.Int64
-	hooks := &nbdtest.Hooks{Device: nbdtest.Disk(t, unit), OnRead: func(p []byte, _ int64) (int, error) {
-		reads.Add(1)
-		return len(p), nil
-	}}
-	p := newPipes()
-	p.serve(t, server.Config{MaxRequest: unit, MaxBytesPerClient: share * unit}, server.Export{Device: hooks})
-	ours, theirs := net.Pipe()
-	p.conns <- theirs
-	x := &session{Conn: ours, t: t}
-	x.SetDeadline(time.Now().Add(20 * time.Second))
-	x.read(nbd.GreetingSize)
-	x.write(nbd.AppendClientFlags(nil, nbd.ClientFixedNewstyle|nbd.ClientNoZeroes))
-	x.ack(nbd.OptGo, nbd.InfoRequest{}.Append(nil))
-	asked := make(chan struct{})
-	go func() {
-		defer close(asked)
-		r := nbd.Request{Command: nbd.CmdRead, Length: unit}
-		for range 4 * share {
-			if _, err := ours.Write(r.Append(nil, false)); err != nil {
-				return
+	synctest.Test(t, func(t *testing.T) {
+		const unit, share = 1 << 20, 3
+		var reads atomic.Int64
+		hooks := &nbdtest.Hooks{Device: nbdtest.Disk(t, unit), OnRead: func(p []byte, _ int64) (int, error) {
+			reads.Add(1)
+			return len(p), nil
+		}}
+		p := newPipes()
+		p.serve(t, server.Config{MaxRequest: unit, MaxBytesPerClient: share * unit}, server.Export{Device: hooks})
+		x := p.connect(t).enter(nbd.StructuredReplies)
+		asked := make(chan struct{})
+		go func() {
+			defer close(asked)
+			r := nbd.Request{Command: nbd.CmdRead, Length: unit}
+			for range 4 * share {
+				if _, err := x.Write(r.Append(nil, false)); err != nil {
+					return
+				}
 			}
+		}()
+		synctest.Wait()
+		if n := reads.Load(); n != share {
+			t.Errorf("%d MiB are held for a client that reads nothing, %d MiB are allowed", n, share)
 		}
-	}()
-	for deadline := time.Now().Add(5 * time.Second); reads.Load() < share && time.Now().Before(deadline); {
-		time.Sleep(time.Millisecond)
-	}
-	time.Sleep(100 * time.Millisecond)
-	if n := reads.Load(); n != share {
-		t.Errorf("%d MiB are held for a client that reads nothing, %d MiB are allowed", n, share)
-	}
-	ours.Close()
-	<-asked
+		x.Close()
+		<-asked
+	})
 }
 
 // TestLongErrorIsText: an error that is cut to what the protocol allows is still UTF-8.
@@ -165,58 +171,58 @@ func TestLongErrorIsText(t *testing.T) {
 // the server may hold, they lose their connections and others go on. A slow disk is nobody's fault.
 func TestStalledClientsAreCutOff(t *testing.T) {
 	const unit = 1 << 20
-	cfg := server.Config{MaxRequest: unit, MaxBytesPerClient: unit, MaxBytes: unit, StallTimeout: 500 * time.Millisecond}
+	cfg := server.Config{MaxRequest: unit, MaxBytesPerClient: unit, MaxBytes: unit}
 	read := nbd.Request{Command: nbd.CmdRead, Length: unit}
+	one := read.Append(nil, false)
+	write := nbd.Request{Command: nbd.CmdWrite, Length: unit}
 	for name, c := range map[string]struct {
-		first func(x *session)
+		first []byte
 		slow  bool
 	}{
-		"reads nothing":      {first: func(x *session) { x.request(read, nil); x.request(read, nil) }},
-		"half a write":       {first: func(x *session) { x.request(nbd.Request{Command: nbd.CmdWrite, Length: unit}, make([]byte, unit/2)) }},
-		"waits for its disk": {first: func(x *session) { x.request(read, nil) }, slow: true},
+		"reads nothing":      {first: slices.Concat(one, one)},
+		"half a write":       {first: append(write.Append(nil, false), make([]byte, unit/2)...)},
+		"waits for its disk": {first: one, slow: true},
 	} {
 		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			disk := nbdtest.Disk(t, unit)
-			begun, release := make(chan struct{}), make(chan struct{})
-			var once sync.Once
-			hooks := &nbdtest.Hooks{Device: disk, OnRead: func(p []byte, off int64) (int, error) {
+			synctest.Test(t, func(t *testing.T) {
+				disk := nbdtest.Disk(t, unit)
+				release := make(chan struct{})
+				var once sync.Once
+				hooks := &nbdtest.Hooks{Device: disk, OnRead: func(p []byte, off int64) (int, error) {
+					if c.slow {
+						once.Do(func() { <-release })
+					}
+					return disk.ReadAt(p, off)
+				}}
+				p := newPipes()
+				s := p.serve(t, cfg, server.Export{Device: hooks})
+				bad := p.connect(t).enter(nbd.StructuredReplies)
+				bad.write(c.first)
+				synctest.Wait() // until the budget is taken
 				if c.slow {
-					once.Do(func() { close(begun); <-release })
+					time.AfterFunc(3*time.Minute, func() { close(release) }) // the default of StallTimeout is 1 min
 				}
-				return disk.ReadAt(p, off)
-			}}
-			s := nbdtest.Serve(t, cfg, server.Export{Device: hooks})
-			bad := enter(t, s, nbd.StructuredReplies)
-			if conn, ok := bad.Conn.(*net.UnixConn); ok {
-				conn.SetReadBuffer(4096)
-			}
-			c.first(bad)
-			if c.slow {
-				<-begun
-				time.AfterFunc(3*cfg.StallTimeout, func() { close(release) })
-			} else {
-				time.Sleep(cfg.StallTimeout / 2) // until the budget is taken
-			}
-			good := enter(t, s, nbd.StructuredReplies)
-			good.request(read, nil)
-			if c.slow {
-				if a := bad.answer(0); a.errno != 0 || len(a.data) != unit {
-					t.Errorf("%v, %d bytes", a.errno, len(a.data))
+				good := p.connect(t).enter(nbd.StructuredReplies)
+				good.SetDeadline(time.Now().Add(10 * time.Minute))
+				good.request(read, nil)
+				if c.slow {
+					bad.SetDeadline(time.Now().Add(10 * time.Minute))
+					if a := bad.answer(0); a.errno != 0 || len(a.data) != unit {
+						t.Errorf("%v, %d bytes", a.errno, len(a.data))
+					}
 				}
-			}
-			if a := good.answer(0); a.errno != 0 || len(a.data) != unit {
-				t.Fatalf("%v, %d bytes", a.errno, len(a.data))
-			}
-			if c.slow {
-				bad.alive()
-				return
-			}
-			for deadline := time.Now().Add(5 * time.Second); s.Stats().Connections > 1; time.Sleep(time.Millisecond) {
-				if time.Now().After(deadline) {
-					t.Fatal("the stalled client is still connected")
+				if a := good.answer(0); a.errno != 0 || len(a.data) != unit {
+					t.Fatalf("%v, %d bytes", a.errno, len(a.data))
 				}
-			}
+				if c.slow {
+					bad.alive()
+					return
+				}
+				synctest.Wait()
+				if n := s.Stats().Connections; n != 1 {
+					t.Errorf("%d connections; the stalled client is still connected", n)
+				}
+			})
 		})
 	}
 }

@@ -40,7 +40,7 @@ func newFarBase(t *testing.T, tm *template, dir string) *farBase {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { b.stop() })
-	waitFor(t, "nbdkit to listen", func() bool {
+	testenv.Until(t, "nbdkit to listen", func() bool {
 		_, _, code := output(t, "nbdinfo", "--size", b.uri)
 		return code == 0
 	})
@@ -51,16 +51,6 @@ func newFarBase(t *testing.T, tm *template, dir string) *farBase {
 func (b *farBase) stop() {
 	b.server.Process.Kill()
 	b.server.Wait()
-}
-
-// waitFor polls until something is so.
-func waitFor(t *testing.T, what string, so func() bool) {
-	t.Helper()
-	for end := time.Now().Add(patience); !so(); time.Sleep(50 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("waited in vain for %s", what)
-		}
-	}
 }
 
 // freeBlocks finds the ranges in what dumpe2fs prints of a block group.
@@ -113,15 +103,15 @@ type fvdGuest struct {
 	guest   *guest
 }
 
-// startFVD makes a disk and starts a guest on it at once.
-func startFVD(t *testing.T, m *saved, tm *template, discipline string, seed uint64) *fvdGuest {
+// startFVD makes a disk and starts a guest on it at once. Prefetching begins after some seconds, or when it is told to.
+func startFVD(t *testing.T, m *saved, tm *template, discipline string, seed uint64, delay int) *fvdGuest {
 	t.Helper()
 	dir := crashDir(t)
 	f := &fvdGuest{
 		aftermath: &aftermath{template: tm, discipline: discipline, dir: dir, log: guestlog.NewLog(seed), image: filepath.Join(dir, "disk.fvd")},
 		base:      newFarBase(t, tm, dir), control: filepath.Join(dir, "control"),
 	}
-	testenv.Run(t, platter(t), "create", "-q", "-f", "fvd", "-o", "compact_image=on,copy_on_read=on,prefetch_start_delay=1",
+	testenv.Run(t, platter(t), "create", "-q", "-f", "fvd", "-o", fmt.Sprint("compact_image=on,copy_on_read=on,prefetch_start_delay=", delay),
 		"-b", f.base.uri, "-F", "qcow2", f.image)
 	f.serve(t)
 	f.guest = m.restore(t, f.server.uri)
@@ -194,7 +184,8 @@ func (f *fvdGuest) judgeFVD(t *testing.T) {
 // guest works; then the server of the base image ends, and the guest goes on.
 func TestGuestFVD(t *testing.T) {
 	tm := newTemplate(t)
-	f := startFVD(t, savedMachine(t, tm.raw), tm, "buffered", firstSeed(t))
+	const never = 1 << 20 // however slow the guest is, prefetching waits for the word
+	f := startFVD(t, savedMachine(t, tm.raw), tm, "buffered", firstSeed(t), never)
 	f.listen(t, 1)
 	testenv.Run(t, platter(t), "prefetch", "--control", f.control, "pause")
 	if status := testenv.Run(t, platter(t), "prefetch", "--control", f.control, "status"); !strings.Contains(status, "prefetching:   stopped") {
@@ -229,7 +220,7 @@ func TestGuestKillFVD(t *testing.T) {
 				seed := first + uint64(i)
 				t.Run(fmt.Sprintf("seed %d", seed), func(t *testing.T) {
 					rng := rand.New(rand.NewPCG(seed, uint64(len(discipline))))
-					f := startFVD(t, m, tm, discipline, seed)
+					f := startFVD(t, m, tm, discipline, seed, 1)
 					f.listen(t, 1+rng.IntN(100))
 					time.Sleep(time.Duration(rng.IntN(30_000)) * time.Microsecond)
 					f.kill(t)

@@ -22,6 +22,7 @@ import (
 
 	"github.com/platter-disk/platter/block"
 	"github.com/platter-disk/platter/format/raw"
+	"github.com/platter-disk/platter/internal/testenv"
 	"github.com/platter-disk/platter/nbd"
 	"github.com/platter-disk/platter/nbd/server"
 	"github.com/platter-disk/platter/storage"
@@ -129,13 +130,13 @@ func (s *Served) URI(export string) string {
 // Stop shuts the server down, and fails the test when that does not end well.
 func (s *Served) Stop() {
 	s.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), testenv.Patience)
 	defer cancel()
 	if err := s.Shutdown(ctx); err != nil {
 		s.t.Errorf("shutdown: %v", err)
 	}
 	if err, ok := <-s.ended; ok {
-		if err != nil {
+		if err != nil && !errors.Is(err, server.ErrShutdown) { // which it says if it had not begun
 			s.t.Errorf("serve: %v", err)
 		}
 		close(s.ended)
