@@ -77,7 +77,8 @@ type Device interface {
 	Limits() Limits
 
 	// Close flushes, leaves the image clean, and releases everything the device holds: its file and, where
-	// it was given one, its backing device. A second Close returns nil.
+	// it was given one, its backing device. Requests that come later fail with ErrClosed. An error means that what
+	// was not flushed before may not be durable; everything is released all the same. A second Close returns nil.
 	Close() error
 }
 

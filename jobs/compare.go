@@ -35,7 +35,22 @@ const (
 	AllocationDiffers            // strict mode only; Offset is the first byte with different allocation
 )
 
-// CompareResult is the verdict of Compare.
+// String returns "identical", or what differs.
+func (d Difference) String() string {
+	switch d {
+	case Identical:
+		return "identical"
+	case ContentDiffers:
+		return "content differs"
+	case SizeDiffers:
+		return "size differs"
+	case AllocationDiffers:
+		return "allocation differs"
+	}
+	return fmt.Sprintf("difference %d", uint8(d))
+}
+
+// CompareResult is the verdict of Compare: the disks are equal if Difference is Identical.
 type CompareResult struct {
 	Difference Difference
 	Offset     int64 // bytes; where Difference has a place

@@ -5,6 +5,9 @@
 // what is known to be zero; it moves the rest in windows of a few MiB, several at a time, each in a pooled
 // buffer; and it stops at the next window when its context is cancelled.
 //
+//	err := jobs.Convert(ctx, source, target, jobs.ConvertOptions{TargetIsZero: true, Progress: show})
+//	verdict, err := jobs.Compare(ctx, source, target, jobs.CompareOptions{})
+//
 //	source --Extents--> windows --workers: read, look for zeros, write--> target
 //
 // Memory is Workers × BufferSize whatever the size of the disks. Opening, creating and closing images is the

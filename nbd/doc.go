@@ -1,6 +1,13 @@
 // Package nbd is the Network Block Device protocol: the messages on the wire, and a client that presents a
 // remote export as a [storage.File].
 //
+//	disk, err := nbd.Dial("nbd://host/export", nbd.ClientOptions{Connections: 4})
+//	_, err = disk.WriteAt(p, off) // from any number of goroutines
+//	err = disk.Sync()             // now all of it is durable
+//
+// Package image opens images that are in an export by its URI. Package server serves. The rest of this package is what
+// the two of them are made of.
+//
 // # The conversation
 //
 // A connection has two phases. In the handshake the client names an export and the two sides agree on

@@ -84,7 +84,8 @@ type CheckResult struct {
 // Clean reports that nothing is wrong.
 func (r *CheckResult) Clean() bool { return r.CheckErrors+r.Corruptions+r.Leaks == 0 }
 
-// CheckFailure is the error of a check that could not be completed.
+// CheckFailure is the error of a check, or a repair, that could not be completed because of what the image holds. That
+// its file cannot be read is an error of another type.
 type CheckFailure struct {
 	File   string
 	Reason string // in the words of the C library, as qemu-img prints it

@@ -10,6 +10,10 @@
 //	                  |
 //	        fvd.Image, or Guarded over any block.Device with a backing image
 //
+//	disk := prefetch.NewCopyOnRead(over, prefetch.CopyOnReadOptions{}) // what the guest is given
+//	p := prefetch.New(over, prefetch.Options{Guest: disk.Guest(), Announce: disk.Announce})
+//	err := p.Run(ctx) // until the base image is not needed any more
+//
 // What is on its way from the base image is not asked for twice: a read joins the fetch that is under way. A base image
 // that fails is tried again; a disk that fails ends the copying, never the guest's requests.
 //

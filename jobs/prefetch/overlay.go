@@ -6,7 +6,8 @@ import (
 	"github.com/platter-disk/platter/block"
 )
 
-// Overlay is a disk some of whose bytes live in a base image. fvd.Image is one; Guarded makes one of any device.
+// Overlay is a disk some of whose bytes live in a base image. fvd.Image is one as long as its BaseSize is not 0; Guarded
+// makes one of any device. The example of this package has what it takes for an image that package image opened.
 // All methods are safe for concurrent use, with each other and with the guest's requests.
 type Overlay interface {
 	block.Device

@@ -33,8 +33,9 @@ type export struct {
 	failures *logLimit // of requests; an export's own, so that the trouble of one does not hide another's
 }
 
-// AddExport makes a device available. It can be called while the server runs. The device must stay open
-// until Shutdown has returned; its size as it is now is what clients see.
+// AddExport makes a device available. It can be called while the server runs, before and after Serve. The device must
+// stay open until Shutdown has returned; its size as it is now is what clients see. A name that is taken, a second
+// default export, block sizes or strings that the protocol does not allow, are errors, and so is ErrShutdown.
 func (s *Server) AddExport(e Export) error {
 	if e.Device == nil {
 		return fmt.Errorf("nbd export %q: no device", e.Name)
