@@ -9,8 +9,7 @@ import (
 
 // IsInvalid tells whether an error of Open, of what was opened, or of a check says that the contents of an image cannot
 // be used: it is damaged, it is not of the format that it was opened as, or it needs a format or a feature that is not
-// known here.
-// Trying again is of no use then, and whoever made the image is to be told.
+// known here. Trying again is of no use then, and whoever made the image is to be told.
 //
 // Everything else is not about contents: a file that cannot be found, read or locked, a server that does not answer,
 // a reference that the gate refused (gate.ErrRefused), a context that ended.
