@@ -513,11 +513,12 @@ func (a *allocator) restart() {
 	a.packer.next = 0
 }
 
-// trim cuts off what the file was extended by in this session, or holds since the image was emptied, and does not
-// need. The counts of the clusters
-// that it cuts off are durably 0.
+// trim cuts off what the file was extended by in this session, or holds since the image was emptied or its disk became
+// smaller, and does not need: free clusters, and refcount blocks that count nothing but themselves. The counts of the
+// clusters that it cuts off are durably 0.
 func (a *allocator) trim() error {
 	c := a.fileClusters()
+	var idle []int64 // blocks that go
 	for c > 0 && int64(a.geo.offsetOf(c)) > a.atEnd {
 		if !a.refs.hasBlock(c - 1) { // nothing is counted from the start of that block on
 			_, index := a.refs.blockOf(c - 1)
@@ -529,13 +530,22 @@ func (a *allocator) trim() error {
 			return err
 		}
 		if !free {
-			break
+			b, _ := a.refs.blockOf(c - 1)
+			if only, err := a.refs.countsOnlyItself(b, c-1); err != nil {
+				return err
+			} else if !only {
+				break
+			}
+			idle = append(idle, b)
 		}
 		c--
 	}
 	end := max(int64(a.geo.offsetOf(c)), a.atEnd)
 	if end >= a.end.Load() {
 		return nil
+	}
+	if err := a.dropBlocks(idle); err != nil {
+		return err
 	}
 	if err := a.file.Truncate(end); errors.Is(err, errors.ErrUnsupported) {
 		return nil // a block device keeps its size
@@ -544,6 +554,21 @@ func (a *allocator) trim() error {
 	}
 	a.end.Store(end)
 	return nil
+}
+
+// dropBlocks durably takes refcount blocks out of the table that count nothing but themselves.
+func (a *allocator) dropBlocks(blocks []int64) error {
+	if len(blocks) == 0 {
+		return nil
+	}
+	for _, b := range blocks {
+		if err := a.im.writeMetadata(make([]byte, 8), a.refs.at+hostOff(b*8)); err != nil {
+			return err
+		}
+		a.im.guard.remove(a.geo.clusterOf(hostOff(a.refs.table[b] &^ 511)))
+		a.refs.drop(b)
+	}
+	return a.im.syncFiles()
 }
 
 // ensureBlocks makes the refcount blocks that a run of free clusters lacks and reports whether it made any.

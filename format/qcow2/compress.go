@@ -298,23 +298,26 @@ func (im *Image) WriteCompressed(p []byte, off int64) error {
 		return fmt.Errorf("%s: compressed write of %d bytes at %d: want one whole cluster of %d bytes: %w",
 			im.file.Name(), len(p), off, g.clusterSize, block.ErrOutOfRange)
 	}
+	whole := p
 	if int64(len(p)) < g.clusterSize {
-		whole := bufpool.Get(int(g.clusterSize))
-		defer whole.Put()
-		clear(whole.B[copy(whole.B, p):])
-		p = whole.B
+		padded := bufpool.Get(int(g.clusterSize))
+		defer padded.Put()
+		clear(padded.B[copy(padded.B, p):])
+		whole = padded.B
 	}
 	buf := bufpool.Get(int(g.clusterSize) * 2)
 	defer buf.Put()
 	out := bytes.NewBuffer(buf.B[:0])
-	if err := im.codec.compress(out, p); err != nil {
+	if err := im.codec.compress(out, whole); err != nil {
 		return fmt.Errorf("%s: compress the cluster at %d: %w", im.file.Name(), off, err)
 	}
+	linked := false
 	var err error
 	if int64(out.Len()) < g.clusterSize {
-		err = im.linkCompressed(out.Bytes(), guestOff(off))
-	} else {
-		_, err = im.write(p[:min(int64(len(p)), im.size.Load()-off)], guestOff(off))
+		linked, err = im.linkCompressed(out.Bytes(), guestOff(off), int64(len(p)))
+	}
+	if err == nil && !linked {
+		_, err = im.write(p, guestOff(off))
 	}
 	if err != nil {
 		return err
@@ -322,32 +325,36 @@ func (im *Image) WriteCompressed(p []byte, off int64) error {
 	return im.afterChange()
 }
 
-// linkCompressed stores a stream and maps a cluster to it.
-func (im *Image) linkCompressed(stream []byte, off guestOff) error {
+// linkCompressed stores a stream, of which n bytes are the guest's and the rest is zeros past the end of the disk, and
+// maps a cluster to it. It does nothing if the disk has grown since: what lies behind those bytes is not the caller's.
+func (im *Image) linkCompressed(stream []byte, off guestOff, n int64) (linked bool, err error) {
 	g := &im.geo
 	hold, err := im.lockClusters(off, g.clusterSize)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer im.locks.unlock(hold)
+	if n < min(g.clusterSize, im.size.Load()-int64(off)) {
+		return false, nil
+	}
 	if err := im.ownL2(off); err != nil {
-		return err
+		return false, err
 	}
 	old, _, err := im.mapping(off)
 	if err != nil {
-		return err
+		return false, err
 	}
 	im.mu.Lock()
 	place, err := im.alloc.place(int64(len(stream)))
 	im.mu.Unlock()
 	if err != nil {
-		return err
+		return false, err
 	}
 	err = im.linkPlaced(stream, off, old, place)
 	im.mu.Lock()
 	err = errors.Join(err, im.alloc.placed(place, err == nil))
 	im.mu.Unlock()
-	return err
+	return err == nil, err
 }
 
 func (im *Image) linkPlaced(stream []byte, off guestOff, old mapping, place placement) error {

@@ -83,6 +83,35 @@ func (r *refcounts) hasBlock(c hostCluster) bool {
 	return b < int64(len(r.table)) && r.table[b]&^511 != 0
 }
 
+// countsOnlyItself reports whether block b lies in cluster c and counts that, once, and nothing else.
+func (r *refcounts) countsOnlyItself(b int64, c hostCluster) (bool, error) {
+	if b >= int64(len(r.table)) || hostOff(r.table[b]&^511) != r.geo.offsetOf(c) {
+		return false, nil
+	}
+	for i := range r.geo.refPerBlock {
+		at := hostCluster(b*r.geo.refPerBlock + i)
+		want := uint64(0)
+		if at == c {
+			want = 1
+		}
+		if v, err := r.get(at); err != nil || v != want {
+			return false, err
+		}
+	}
+	return true, nil
+}
+
+// drop forgets block b, of which nothing has to reach the file any more.
+func (r *refcounts) drop(b int64) {
+	block := hostOff(r.table[b] &^ 511)
+	for at := block; at < block+hostOff(r.geo.clusterSize); at += hostOff(r.pieceBytes) {
+		if p := r.pieces[at]; p != nil {
+			r.forget(p)
+		}
+	}
+	r.table[b] = 0
+}
+
 // get returns the count of a cluster.
 func (r *refcounts) get(c hostCluster) (uint64, error) {
 	if !r.hasBlock(c) {

@@ -30,7 +30,7 @@ func (im *Image) Resize(size int64, prealloc block.Preallocation) error {
 	old := im.size.Load()
 	switch {
 	case size == old:
-		return nil
+		return im.flush() // of a change of size that failed before it was durable
 	case size < old:
 		return im.shrink(size)
 	}
@@ -93,8 +93,8 @@ func (im *Image) prepareGrown(off guestOff, n int64, prealloc block.Preallocatio
 		prealloc = max(prealloc, block.PreallocMetadata)
 	}
 	if im.geo.dataFile {
-		if err := im.data.Truncate(int64(off) + n); err != nil {
-			return fmt.Errorf("%s: data file: %w", im.file.Name(), err)
+		if err := im.sizeData(int64(off) + n); err != nil {
+			return err
 		}
 	}
 	// A longer backing file shows through there, and an earlier, larger disk may have left entries.
@@ -116,6 +116,20 @@ func (im *Image) prepareGrown(off guestOff, n int64, prealloc block.Preallocatio
 			err = errors.Join(err, im.unmapGrown(off, n))
 		}
 		return err
+	}
+	return nil
+}
+
+// sizeData makes the external data file as long as the disk. A block device keeps its size, which has to be enough.
+func (im *Image) sizeData(size int64) error {
+	err := im.data.Truncate(size)
+	if errors.Is(err, errors.ErrUnsupported) {
+		if have, sizeErr := im.data.Size(); sizeErr == nil && have >= size {
+			return nil
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("%s: data file: %w", im.file.Name(), err)
 	}
 	return nil
 }

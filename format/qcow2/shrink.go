@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/platter-disk/platter/block"
@@ -19,8 +20,12 @@ func (im *Image) shrink(size int64) error {
 	if err != nil {
 		return err
 	}
+	old := im.size.Load()
 	if err = im.changeSize(size); err == nil {
-		err = im.discipline.flush()
+		if err = im.discipline.flush(); err != nil && im.failed() == nil {
+			// A journal that found no space: nothing has reached the file, and the disk keeps its size.
+			err = errors.Join(err, im.changeSize(old))
+		}
 	}
 	im.locks.unlock(hold)
 	if err != nil {
@@ -35,15 +40,15 @@ func (im *Image) shrink(size int64) error {
 // dropPast durably gives up what the image holds past the end of a disk of the given size.
 func (im *Image) dropPast(size int64) error {
 	end := (size + im.geo.clusterSize - 1) &^ (im.geo.clusterSize - 1)
-	if err := im.clearPast(size, end-size); err != nil {
-		return err
-	}
 	first := im.geo.l1Index(guestOff(end))
 	for i := first; i < int64(len(im.l1.Load().words)); i++ {
 		if im.opts.Interrupt != nil {
 			if err := im.opts.Interrupt(); err != nil {
 				return err
 			}
+		}
+		if im.l1.Load().entry(i).offset() == 0 {
+			continue // a table made meanwhile belongs to a request that was under way
 		}
 		if err := im.dropTablePast(i, guestOff(end)); err != nil {
 			return err
@@ -52,11 +57,15 @@ func (im *Image) dropPast(size int64) error {
 	if err := im.flush(); err != nil {
 		return err
 	}
+	// The rest of the last cluster may have to move, and what was given up makes room for that on a full file system.
+	if err := im.clearPast(size, end-size); err != nil {
+		return err
+	}
+	if err := im.flush(); err != nil {
+		return err
+	}
 	if im.geo.dataFile {
-		if err := im.data.Truncate(size); err != nil {
-			return fmt.Errorf("%s: data file: %w", im.file.Name(), err)
-		}
-		return nil
+		return im.sizeData(size)
 	}
 	im.mu.Lock()
 	im.alloc.atEnd = min(im.alloc.atEnd, im.geo.clusterSize) // Close cuts off whatever is free at the end of the file
@@ -89,9 +98,6 @@ func (im *Image) dropTablePast(i int64, off guestOff) error {
 		return err
 	}
 	defer im.locks.unlock(hold)
-	if im.l1.Load().entry(i).offset() == 0 {
-		return nil
-	}
 	for from < end {
 		step := min(int64(end-from), im.exclusiveRoom(from))
 		if err := im.zeroSlice(from, step, zeroDrop); err != nil {

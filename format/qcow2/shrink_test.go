@@ -371,3 +371,84 @@ func TestResizeAndClose(t *testing.T) {
 		})
 	}
 }
+
+// TestShrinkOnFullDisk: on a full file system, what a shrinking disk gives up has room for what it has to move.
+func TestShrinkOnFullDisk(t *testing.T) {
+	for _, how := range []string{Ordered, Lazy} {
+		t.Run(how, func(t *testing.T) {
+			const size, small, cluster = 4 << 20, 1<<20 + 512, 4096
+			file := &fullDisk{File: storage.NewMemory("image")}
+			filledWith(t, file, CreateOptions{Size: size, ClusterSize: cluster})
+			im, err := Open(keepOpen{file}, Options{Discipline: how})
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := bytes.Repeat([]byte{5}, cluster)
+			if err := im.WriteCompressed(want, 1<<20); err != nil {
+				t.Fatal(err)
+			}
+			if err := im.Close(); err != nil {
+				t.Fatal(err)
+			}
+			file.full.Store(true)
+			if im, err = Open(keepOpen{file}, Options{Discipline: how}); err != nil {
+				t.Fatal(err)
+			}
+			if err := im.Resize(small, block.PreallocOff); err != nil {
+				t.Error(err)
+			}
+			got := make([]byte, 512)
+			if _, err := im.ReadAt(got, 1<<20); err != nil || !bytes.Equal(got, want[:512]) {
+				t.Error("other contents", err)
+			}
+			if err := im.Close(); err != nil {
+				t.Fatal(err)
+			}
+			checkClean(t, file)
+			if n := fileSize(t, file); n > 2<<20 {
+				t.Errorf("the file has %d bytes", n)
+			}
+		})
+	}
+}
+
+// TestShrinkCutsBlocks: refcount blocks that count nothing but themselves do not keep the file long.
+func TestShrinkCutsBlocks(t *testing.T) {
+	for name, create := range map[string]CreateOptions{
+		"plain": {Size: 32 << 20, ClusterSize: 4096},
+	} {
+		for _, how := range Disciplines() {
+			t.Run(name+"/"+how, func(t *testing.T) {
+				file := storage.NewMemory("image")
+				filledWith(t, file, create)
+				im, err := Open(keepOpen{file}, Options{Discipline: how, Discard: true, JournalSize: 1})
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := im.Resize(256<<10, block.PreallocOff); err != nil {
+					t.Fatal(err)
+				}
+				if err := im.Close(); err != nil {
+					t.Fatal(err)
+				}
+				checkClean(t, file)
+				if n := fileSize(t, file); n > 512<<10 {
+					t.Errorf("the file has %d bytes", n)
+				}
+				if im, err = Open(keepOpen{file}, Options{Discipline: how}); err != nil {
+					t.Fatal(err)
+				}
+				if err := im.Resize(create.Size, block.PreallocOff); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := im.WriteAt(make([]byte, create.Size), 0); err != nil {
+					t.Fatal(err)
+				}
+				if err := im.Close(); err != nil {
+					t.Fatal(err)
+				}
+				checkClean(t, file)
+			})
+		}
+	}
+}

@@ -202,7 +202,7 @@ func (im *Image) zeroUnits(off guestOff, n int64, mode zeroMode) error {
 		if err != nil {
 			return err
 		}
-		err = im.zeroSlice(off, step, mode)
+		err = im.zeroHeld(off, step, mode)
 		im.locks.unlock(hold)
 		if err != nil {
 			return err
@@ -210,6 +210,27 @@ func (im *Image) zeroUnits(off guestOff, n int64, mode zeroMode) error {
 		off, n = off+guestOff(step), n-step
 	}
 	return nil
+}
+
+// zeroHeld is zeroSlice for a range that may end with the disk, inside a piece. If the disk has grown since, the rest of
+// that piece is not the caller's, and zeros are written.
+func (im *Image) zeroHeld(off guestOff, n int64, mode zeroMode) error {
+	tail := (int64(off) + n) & (im.geo.unitSize() - 1)
+	if int64(off)+n >= im.size.Load() {
+		tail = 0
+	}
+	if n > tail {
+		if err := im.zeroSlice(off, n-tail, mode); err != nil {
+			return err
+		}
+	}
+	if tail == 0 {
+		return nil
+	}
+	buf := bufpool.Get(int(tail))
+	defer buf.Put()
+	clear(buf.B)
+	return im.writeMapping(buf.B, off+guestOff(n-tail))
 }
 
 // zeroAlready returns how much of [off, off+n) no L2 table maps and nothing underneath fills.

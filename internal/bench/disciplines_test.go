@@ -34,22 +34,22 @@ func TestDisciplines(t *testing.T) {
 		if strings.HasSuffix(r.Case, "-64") {
 			requests = 64
 		}
-		wantCopied := 0.0
-		if copies {
-			wantCopied = requests * (caseCluster - caseBlock)
+		least, most := 0.0, 0.0
+		if copies { // with the guest's bytes where they lie in the middle: one write copies up what is around them
+			least, most = requests*(caseCluster-caseBlock), requests*caseCluster
 		}
-		if r.Copied != wantCopied {
-			t.Errorf("%s, %s: %.0f bytes copied, want %.0f", r.Case, r.Discipline, r.Copied, wantCopied)
+		if r.Copied < least || r.Copied > most {
+			t.Errorf("%s, %s: %.0f bytes copied, want %.0f to %.0f", r.Case, r.Discipline, r.Copied, least, most)
 		}
 		if r.Metadata <= 0 || r.Writes < requests && r.Case != "snapshot-create" {
 			t.Errorf("%s, %s: %.0f bytes of metadata, %.2f writes", r.Case, r.Discipline, r.Metadata, r.Writes)
 		}
-		most := 1.0
+		syncs := 1.0
 		if copies || r.Case == "sequential-overlay" {
-			most = 2
+			syncs = 2
 		}
-		if r.Discipline != qcow2.Synchronous && r.Case != "snapshot-create" && r.Case != "turns-64" && r.Case != "alloc-64" && r.Syncs > most {
-			t.Errorf("%s, %s: %.2f fdatasyncs, want %.0f", r.Case, r.Discipline, r.Syncs, most)
+		if r.Discipline != qcow2.Synchronous && r.Case != "snapshot-create" && r.Case != "turns-64" && r.Case != "alloc-64" && r.Syncs > syncs {
+			t.Errorf("%s, %s: %.2f fdatasyncs, want %.0f", r.Case, r.Discipline, r.Syncs, syncs)
 		}
 		if r.Discipline == qcow2.Synchronous && r.Case == "alloc-1" && r.Syncs < 2 {
 			t.Errorf("%s, %s: %.2f fdatasyncs, fewer than the order of writes needs", r.Case, r.Discipline, r.Syncs)

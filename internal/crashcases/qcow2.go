@@ -53,7 +53,7 @@ func qcow2Workloads() []qcow2Workload {
 	// So far apart that their L1 entries lie in sectors of their own.
 	apart := []crashlab.Range{{Offset: 0, Length: 6 * kib}, {Offset: 2048 * kib, Length: 6 * kib}, {Offset: 4096 * kib, Length: 6 * kib}}
 	snapshots, applied := newSnapshotHistory(apart), newSnapshotHistory(apart)
-	cow, long := newSnapshotHistory(nil), newSnapshotHistory(nil)
+	cow, long, shrunk := newSnapshotHistory(nil), newSnapshotHistory(nil), newSnapshotHistory(nil)
 	return []qcow2Workload{
 		{
 			Workload: Workload{Name: "alloc", Description: "allocating writes and flushes on a stand-alone image"},
@@ -152,6 +152,10 @@ func qcow2Workloads() []qcow2Workload {
 			create:   qcow2.CreateOptions{Size: 96 * kib, ClusterSize: 512, RefcountBits: 64},
 			discard:  true, work: shrinkWork,
 		}, {
+			Workload: Workload{Name: "shrink-snapshot", Description: "the same with snapshots, which keep what the disk gives up"},
+			create:   qcow2.CreateOptions{Size: 96 * kib, ClusterSize: 512},
+			discard:  true, snapshots: shrunk, work: shrinkSnapshotWork(shrunk),
+		}, {
 			Workload: Workload{Name: "shrink-overlay", Description: "the same over a backing file, which must not show through"},
 			create:   qcow2.CreateOptions{Size: 64 * kib, ClusterSize: 1024},
 			backing:  64 * kib, discard: true, work: shrinkWork,
@@ -217,6 +221,49 @@ func shrinkWork(seed uint64) func(g *crashlab.Guest) error {
 			}
 		}
 		return nil
+	}
+}
+
+// shrinkSnapshotWork is shrinkWork with snapshots of the larger disks.
+func shrinkSnapshotWork(h *snapshotHistory) func(seed uint64) func(g *crashlab.Guest) error {
+	return func(seed uint64) func(g *crashlab.Guest) error {
+		return func(g *crashlab.Guest) error {
+			r := newRand(seed)
+			im := g.Subject().(*qcow2Subject).Image
+			size := im.Size()
+			resize := func(to int64) error {
+				return g.Resize(to, func() error { return im.Resize(to, block.PreallocOff) })
+			}
+			var names []string
+			for i := range 4 {
+				mix := crashlab.Mix{Requests: 8, MaxLength: 16 * kib, Write: 8, Unmap: 1, Flush: 1, Seed: r.Uint64()}
+				if err := mix.Run(g); err != nil {
+					return err
+				}
+				name := fmt.Sprint("s", i)
+				if err := h.create(g, name); err != nil {
+					return err
+				}
+				names = append(names, name)
+				if err := resize((1 + r.Int64N(size/512-1)) * 512); err != nil {
+					return err
+				}
+				mix.Requests, mix.MaxLength, mix.Seed = 4, 2*kib, r.Uint64()
+				if err := mix.Run(g); err != nil {
+					return err
+				}
+				if i > 0 && i%2 == 1 {
+					if err := h.delete(g, names[0]); err != nil {
+						return err
+					}
+					names = names[1:]
+				}
+				if err := resize(size); err != nil {
+					return err
+				}
+			}
+			return nil
+		}
 	}
 }
 

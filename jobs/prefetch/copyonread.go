@@ -3,6 +3,7 @@ package prefetch
 import (
 	"fmt"
 	"io"
+	"math"
 	"sync"
 	"sync/atomic"
 
@@ -105,11 +106,12 @@ func (c *CopyOnRead) nextInBase(off, end int64) (start, n int64) {
 // ReadAt implements block.Device.
 func (c *CopyOnRead) ReadAt(p []byte, off int64) (int, error) {
 	defer c.request().end()
-	if off < 0 || off >= c.BaseSize() {
+	size := c.Size()
+	if off < 0 || off >= min(c.BaseSize(), size) {
 		return c.Overlay.ReadAt(p, off)
 	}
 	c.touch(off, len(p))
-	end := min(off+int64(len(p)), c.Size())
+	end := min(off+int64(len(p)), size)
 	for at := off; at < end; {
 		start, n := c.nextInBase(at, end)
 		if at < start {
@@ -265,6 +267,14 @@ func (c *CopyOnRead) Discard(off, n int64) error {
 	defer c.request().end()
 	defer c.flights.changed(off, n)
 	return c.Overlay.Discard(off, n)
+}
+
+// Resize implements block.Device. Who reads what a smaller disk has cut off waits for no flight over it.
+func (c *CopyOnRead) Resize(size int64, prealloc block.Preallocation) error {
+	defer c.request().end()
+	from := min(size, c.Size())
+	defer c.flights.changed(from, math.MaxInt64-from)
+	return c.Overlay.Resize(size, prealloc)
 }
 
 // Flush implements block.Device.

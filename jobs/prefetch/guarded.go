@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"math"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -25,7 +27,7 @@ type Guarded struct {
 	block.Device
 	unit   int64
 	whole  bool
-	base   int64
+	base   atomic.Int64 // bytes of the disk that the backing image covers: fewer once the disk was smaller
 	detach func() error
 	done   atomic.Bool // nothing lives in the base image any more: requests pass unguarded
 	units  *unitMap    // changed under mu
@@ -57,21 +59,23 @@ type GuardedOptions struct {
 
 // Guard returns an Overlay over d. Closing it closes d.
 func Guard(d block.Device, o GuardedOptions) *Guarded {
-	g := &Guarded{Device: d, unit: o.Unit, whole: o.Whole, base: min(o.BaseSize, d.Size()), detach: o.Detach}
+	g := &Guarded{Device: d, unit: o.Unit, whole: o.Whole, detach: o.Detach}
+	base := min(o.BaseSize, d.Size())
+	g.base.Store(base)
 	if g.unit <= 0 {
 		g.unit = max(1, d.Limits().Preferred)
 	}
-	for g.base/g.unit >= maxUnits {
+	for base/g.unit >= maxUnits {
 		g.unit, g.whole = 2*g.unit, false
 	}
-	g.units = newUnitMap((g.base + g.unit - 1) / g.unit)
+	g.units = newUnitMap((base + g.unit - 1) / g.unit)
 	g.change.L = &g.mu
 	return g
 }
 
 // unitRange is the units that [off, end) touches, below the end of the base image.
-func (g *Guarded) unitRange(off, end int64) (first, last int64) {
-	end = min(end, g.base)
+func (g *Guarded) unitRange(off, end, base int64) (first, last int64) {
+	end = min(end, base)
 	if off < 0 || off >= end {
 		return 0, 0
 	}
@@ -80,7 +84,7 @@ func (g *Guarded) unitRange(off, end int64) (first, last int64) {
 
 // enter waits until no copy is at work in the range and marks it as being changed; nil if none ever will be.
 func (g *Guarded) enter(off, n int64) *busyRange {
-	if first, last := g.unitRange(off, off+n); g.done.Load() || g.units.settled(first, last) {
+	if first, last := g.unitRange(off, off+n, g.base.Load()); g.done.Load() || g.units.settled(first, last) {
 		return nil
 	}
 	r := &busyRange{off: off, end: off + n}
@@ -122,21 +126,22 @@ func (g *Guarded) leave(r *busyRange, written bool) {
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	for i, o := range g.busy {
-		if o == r {
-			g.busy = append(g.busy[:i], g.busy[i+1:]...)
-			break
-		}
-	}
+	g.free(r)
 	if !r.copy {
-		first, last := g.unitRange(r.off, r.end)
+		base := g.base.Load()
+		first, last := g.unitRange(r.off, r.end, base)
 		for u := first; u < last; u++ {
 			g.units.changed(u)
-			if written && (g.whole || r.off <= u*g.unit && min((u+1)*g.unit, g.base) <= r.end) {
+			if written && (g.whole || r.off <= u*g.unit && min((u+1)*g.unit, base) <= r.end) {
 				g.units.left(u)
 			}
 		}
 	}
+}
+
+// free ends the work on a range. The caller holds mu.
+func (g *Guarded) free(r *busyRange) {
+	g.busy = slices.DeleteFunc(g.busy, func(o *busyRange) bool { return o == r })
 	g.change.Broadcast()
 }
 
@@ -171,13 +176,14 @@ func (g *Guarded) TryReadAt(p []byte, off int64) error {
 
 // sameKind is how many bytes from off on, up to end, are known to read as zeros, or are not.
 func (g *Guarded) sameKind(off, end int64) (zeros bool, n int64) {
-	first, last := g.unitRange(off, end)
+	base := g.base.Load()
+	first, last := g.unitRange(off, end, base)
 	if g.done.Load() || first >= last {
 		return false, end - off
 	}
 	zeros = g.units.zero.get(first)
 	u := g.units.zero.next(first, last, !zeros)
-	if stop := min(u*g.unit, g.base); u < last || zeros && stop < end {
+	if stop := min(u*g.unit, base); u < last || zeros && stop < end {
 		return zeros, stop - off
 	}
 	return zeros, end - off
@@ -211,12 +217,40 @@ func (g *Guarded) Discard(off, n int64) error {
 	return g.Device.Discard(off, n)
 }
 
+// Resize implements block.Device. What a smaller disk cuts off has left the base image for good, whatever copies of it
+// are under way: it reads as zeros when the disk grows again. Copies wait meanwhile.
+func (g *Guarded) Resize(size int64, prealloc block.Preallocation) error {
+	r := &busyRange{end: math.MaxInt64}
+	g.mu.Lock()
+	for g.overlaps(r, true) {
+		g.change.Wait()
+	}
+	g.busy = append(g.busy, r)
+	g.mu.Unlock()
+	err := g.Device.Resize(size, prealloc)
+	now := g.Size() // a disk may have become smaller although something failed after that
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if now < g.base.Load() {
+		if now%g.unit > 0 {
+			g.units.changed(now / g.unit)
+		}
+		for u := (now + g.unit - 1) / g.unit; u < g.units.n; u++ {
+			g.units.zero.clear(u)
+			g.units.left(u)
+		}
+		g.base.Store(now)
+	}
+	g.free(r)
+	return err
+}
+
 // BaseSize implements Overlay.
 func (g *Guarded) BaseSize() int64 {
 	if g.done.Load() {
 		return 0
 	}
-	return g.base
+	return g.base.Load()
 }
 
 // CopyUnit implements Overlay.
@@ -224,16 +258,18 @@ func (g *Guarded) CopyUnit() int64 { return g.unit }
 
 // NextInBase implements Overlay. It asks nobody: whatever is not known to have left counts as living in the base.
 func (g *Guarded) NextInBase(off int64) (start, n int64) {
-	if g.done.Load() || off < 0 || off >= g.base {
+	base := g.base.Load()
+	first, last := g.unitRange(off, base, base)
+	if g.done.Load() || first >= last {
 		return off, 0
 	}
-	u := g.units.gone.next(off/g.unit, g.units.n, false)
-	if u == g.units.n {
+	u := g.units.gone.next(first, last, false)
+	if u == last {
 		return off, 0
 	}
-	end := g.units.gone.next(u, g.units.n, true)
+	end := g.units.gone.next(u, last, true)
 	start = max(off, u*g.unit)
-	return start, min(end*g.unit, g.base) - start
+	return start, min(end*g.unit, base) - start
 }
 
 // Learn finds out where everything lives, as far as nobody did yet. It may take a while, and needs the base image.
@@ -281,7 +317,10 @@ func (g *Guarded) learn(u int64) error {
 func (g *Guarded) look(first, end int64) ([]place, error) {
 	found := make([]place, 0, end-first)
 	var seen [placeOwn + 1]bool
-	at, stop := first*g.unit, min(end*g.unit, g.base)
+	at, stop := first*g.unit, min(end*g.unit, g.base.Load())
+	if at >= stop { // past the end of a disk that has become smaller
+		return nil, nil
+	}
 	err := g.Extents(at, stop-at, func(e block.Extent) bool {
 		v := placeZero
 		switch {
@@ -323,7 +362,7 @@ func placeOf(seen [placeOwn + 1]bool) place {
 
 // ReadBase implements Overlay: as long as a range lives in the backing image, that is what the device reads as.
 func (g *Guarded) ReadBase(p []byte, off int64) error {
-	if err := block.CheckRange("read of the base image", off, int64(len(p)), g.base); err != nil {
+	if err := block.CheckRange("read of the base image", off, int64(len(p)), g.base.Load()); err != nil {
 		return err
 	}
 	_, err := g.ReadAt(p, off)
@@ -332,12 +371,13 @@ func (g *Guarded) ReadBase(p []byte, off int64) error {
 
 // Populate implements Overlay.
 func (g *Guarded) Populate(p []byte, off int64) (kept int64, err error) {
-	if off < 0 || off >= g.base {
+	base := g.base.Load()
+	if off < 0 || off >= base {
 		return 0, nil
 	}
-	end := min(off+int64(len(p)), g.base)
+	end := min(off+int64(len(p)), base)
 	first, last := (off+g.unit-1)/g.unit, end/g.unit
-	if end == g.base {
+	if end == base {
 		last = (end + g.unit - 1) / g.unit
 	}
 	for u := first; u < last && !g.done.Load(); {
@@ -362,7 +402,7 @@ func (g *Guarded) Populate(p []byte, off int64) (kept int64, err error) {
 // populateRun stores units [first, last) of p, which was read at off; if somebody is at work in one of them, each
 // of the others by itself.
 func (g *Guarded) populateRun(p []byte, off, first, last int64) (kept int64, err error) {
-	r := g.tryCopy(first*g.unit, min(last*g.unit, g.base))
+	r := g.tryCopy(first*g.unit, last*g.unit)
 	if r == nil {
 		for u := first; u < last && last-first > 1; u++ {
 			n, err := g.populateRun(p, off, u, u+1)
@@ -404,7 +444,7 @@ func (g *Guarded) populateRun(p []byte, off, first, last int64) (kept int64, err
 }
 
 func (g *Guarded) allZero(p []byte, off, u int64) bool {
-	b := p[u*g.unit-off : min((u+1)*g.unit, g.base)-off]
+	b := p[u*g.unit-off : min((u+1)*g.unit, g.base.Load())-off]
 	return bytes.Count(b, []byte{0}) == len(b)
 }
 
@@ -432,7 +472,7 @@ func (g *Guarded) find(u int64) place {
 // complete stores the rest of a unit on which the caller has a hold, and of which some is the disk's own. If it
 // cannot be read, it is left for another time.
 func (g *Guarded) complete(u int64) (kept int64, err error) {
-	buf := bufpool.Get(int(min((u+1)*g.unit, g.base) - u*g.unit))
+	buf := bufpool.Get(int(min((u+1)*g.unit, g.base.Load()) - u*g.unit))
 	defer buf.Put()
 	if g.ReadBase(buf.B, u*g.unit) != nil {
 		return 0, nil
@@ -442,7 +482,7 @@ func (g *Guarded) complete(u int64) (kept int64, err error) {
 
 // store writes units [first, last), on which the caller has a hold; p begins with them.
 func (g *Guarded) store(p []byte, first, last int64, zeros bool) (kept int64, err error) {
-	at, end := first*g.unit, min(last*g.unit, g.base)
+	at, end := first*g.unit, min(last*g.unit, g.base.Load())
 	if zeros {
 		err = g.Device.WriteZeroes(at, end-at, block.MayUnmap)
 	} else {
@@ -475,7 +515,7 @@ func (g *Guarded) DetachBase() error {
 		return stillNeeded(start, n)
 	}
 	var needed error
-	err := g.Extents(0, g.base, func(e block.Extent) bool {
+	err := g.Extents(0, g.base.Load(), func(e block.Extent) bool {
 		if e.Depth > 0 && e.Allocated && !e.Zero {
 			needed = stillNeeded(e.Offset, e.Length)
 		}
