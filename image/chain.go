@@ -71,7 +71,7 @@ func (c *chain) openLocation(l *location, readOnly, share, direct bool) (storage
 	}
 	c.seen = append(c.seen, id)
 	if !l.local() {
-		return dialNBD(c.ctx, l.uri, readOnly)
+		return dialNBD(c.ctx, l.uri, c.o.NBD, readOnly)
 	}
 	f, err := storage.Open(l.path, storage.OpenOptions{
 		ReadOnly: readOnly, Share: share, NoLock: l.noLock, Direct: direct || l.direct || c.o.Direct,
@@ -94,7 +94,7 @@ func (c *chain) open(n *node, parent *node) (*opened, error) {
 		n.share = n.share || parent.share
 	}
 	if n.share && !n.readOnly {
-		return nil, errors.New("force-share=on can only be used with read-only images")
+		return nil, errShare
 	}
 	c.layers = append(c.layers, Layer{Name: n.at.String(), ReadOnly: n.readOnly, Offset: n.offset, Length: n.size})
 	c.devices = append(c.devices, nil)

@@ -12,6 +12,7 @@ import (
 	"github.com/platter-disk/platter/format/qcow2"
 	"github.com/platter-disk/platter/format/raw"
 	"github.com/platter-disk/platter/image/gate"
+	"github.com/platter-disk/platter/nbd"
 	"github.com/platter-disk/platter/storage"
 )
 
@@ -35,6 +36,9 @@ type CreateOptions struct {
 	// Gate decides about the references that the backing file holds, not about the backing file itself. Nil is
 	// gate.SameDirectory.
 	Gate gate.Gate
+
+	// NBD says how the exports are connected that the image is made in or has below it, as Options.NBD does.
+	NBD nbd.ClientOptions
 }
 
 // UnfinishedError is wrapped by the error of a Create that left Name, which was there before or cannot be removed,
@@ -66,7 +70,7 @@ func Create(ctx context.Context, format, name string, o CreateOptions) error {
 	if format == formatFVD && !at.local() {
 		return errNoCreation(at)
 	}
-	created := newFiles{ctx: ctx}
+	created := newFiles{ctx: ctx, nbd: o.NBD}
 	switch format {
 	case formatRaw:
 		err = createRaw(at, o, &created)
@@ -193,7 +197,7 @@ func resolveCreateBacking(ctx context.Context, format, name string, o *CreateOpt
 	if below.format == "" {
 		below.format = o.BackingFormat
 	}
-	c := &chain{ctx: ctx, o: Options{ReadOnly: true, Share: true, Gate: o.gate()}}
+	c := &chain{ctx: ctx, o: Options{ReadOnly: true, Share: true, Gate: o.gate(), NBD: o.NBD}}
 	backing, err := c.open(below, nil)
 	if err != nil {
 		return errCreateBacking(err)
@@ -287,6 +291,7 @@ func LocalPath(name string) (path string, ok bool) {
 // newFiles are the files that a Create has made so far.
 type newFiles struct {
 	ctx   context.Context
+	nbd   nbd.ClientOptions // of the exports that are written
 	files []newFile
 }
 
@@ -308,7 +313,7 @@ func (n *newFiles) create(l *location, noCoW bool) (storage.File, error) {
 		}
 	}
 	created := newFile{at: l}
-	f, err := created.open(n.ctx, noCoW)
+	f, err := created.open(n.ctx, n.nbd, noCoW)
 	if err != nil {
 		return nil, err
 	}
@@ -317,9 +322,9 @@ func (n *newFiles) create(l *location, noCoW bool) (storage.File, error) {
 	return created.interruptible, nil
 }
 
-func (n *newFile) open(ctx context.Context, noCoW bool) (storage.File, error) {
+func (n *newFile) open(ctx context.Context, o nbd.ClientOptions, noCoW bool) (storage.File, error) {
 	if !n.at.local() {
-		return dialNBD(ctx, n.at.uri, false)
+		return dialNBD(ctx, n.at.uri, o, false)
 	}
 	path := n.at.path
 	_, err := os.Lstat(path)

@@ -12,7 +12,7 @@ import (
 	"github.com/platter-disk/platter/storage"
 )
 
-// NameError is an error of Open or Create together with the name that was asked for, in the words of
+// NameError is an error of Open, Create or Check together with the name that was asked for, in the words of
 // qemu-img, for example
 //
 //	Could not open 'top.qcow2': Could not open backing file: Could not open 'base.raw': No such file or directory
@@ -84,6 +84,18 @@ func (e *wordedError) Unwrap() error { return e.kind }
 // errUnknownFormat is about the name of a format; what is how QEMU calls it at that place.
 func errUnknownFormat(what, name string) error {
 	return &wordedError{fmt.Sprintf("Unknown %s '%s'", what, printable(name)), ErrUnsupportedFormat}
+}
+
+// errShare refuses to write an image that others may be writing.
+var errShare = qemuError("force-share=on can only be used with read-only images")
+
+// errOpen puts the name in front of why it could not be opened. QEMU's words name a file twice where the system has
+// the last word; what is no file is named once.
+func errOpen(name string, err error) error {
+	if named, ok := err.(*NameError); ok && named.Name == name && errors.Is(err, storage.ErrKind) {
+		return err
+	}
+	return &NameError{Verb: "open", Name: name, Err: err}
 }
 
 // errCaches refuses the size of a cache that only qcow2 has: the L2 cache's, or if that is 0 the refcount cache's.

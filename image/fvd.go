@@ -45,7 +45,7 @@ func (c *chain) openFVD(n *node, f storage.File, layer int) (dev block.Device, e
 	}
 	o := fvd.Options{
 		ReadOnly: n.readOnly, Writethrough: c.o.Writethrough || n.writethrough, Journal: mode,
-		AllowDirty: layer == 0 && c.o.AllowDirty, Interrupt: c.o.Interrupt,
+		AllowDirty: layer == 0 && c.o.AllowDirty, Interrupt: c.o.Interrupt, MaxMetadata: c.o.MaxMetadata,
 	}
 	defer func() {
 		if err == nil {
@@ -127,7 +127,10 @@ func (c *chain) openDataDisk(n *node, at *location, format string, layer int) (b
 	if err := checkFormat(format); err != nil {
 		return nil, err
 	}
-	o := Options{ReadOnly: n.readOnly, Share: n.share, Gate: c.o.Gate, Direct: c.o.Direct, Discard: true, L2CacheSize: c.o.L2CacheSize, RefcountCacheSize: c.o.RefcountCacheSize}
+	o := Options{
+		ReadOnly: n.readOnly, Share: n.share, Gate: c.o.Gate, Direct: c.o.Direct, Discard: true, NBD: c.o.NBD,
+		L2CacheSize: c.o.L2CacheSize, RefcountCacheSize: c.o.RefcountCacheSize, MaxMetadata: c.o.MaxMetadata,
+	}
 	if layer == 0 {
 		o.Wrap = c.o.Wrap
 	}
@@ -138,53 +141,6 @@ func (c *chain) openDataDisk(n *node, at *location, format string, layer int) (b
 		return nil, fmt.Errorf("data file '%s': %w", printable(at.String()), err)
 	}
 	return result.dev, nil
-}
-
-// CheckFVD is fvd.Check of the image called name, which is opened for writing if something is to be repaired; its
-// data file is opened through the gate, its base image is not needed. Of the options those about names, locks
-// and the gate count. Errors are of type *NameError.
-func CheckFVD(ctx context.Context, name string, o Options, repair fvd.Repair) (*fvd.CheckResult, error) {
-	result, err := checkFVD(ctx, name, o, repair)
-	if err != nil {
-		return nil, &NameError{Verb: "check", Name: name, Err: err}
-	}
-	return result, nil
-}
-
-func checkFVD(ctx context.Context, name string, o Options, repair fvd.Repair) (result *fvd.CheckResult, err error) {
-	n, err := parseName(name, o.NameIsOptions)
-	if err != nil {
-		return nil, err
-	}
-	o.ReadOnly = repair == fvd.RepairNone
-	n.readOnly, n.share = n.readOnly || o.ReadOnly, n.share || o.Share
-	if o.Gate == nil {
-		o.Gate = gate.SameDirectory{}
-	}
-	o.Wrap = func(f storage.File) storage.File { return &interruptible{File: f, ctx: ctx} }
-	c := &chain{ctx: ctx, o: o, layers: make([]Layer, 1)}
-	f, err := c.openLocation(n.at, n.readOnly, n.share, n.direct)
-	if err != nil {
-		return nil, err
-	}
-	f = o.Wrap(f)
-	defer func() { err = errors.Join(err, f.Close()) }()
-	h, err := fvd.ReadHeader(f)
-	if err != nil {
-		return nil, err
-	}
-	opened := fvd.Options{}
-	if err := c.openFVDData(n, h, 0, &opened); err != nil {
-		return nil, err
-	}
-	result, err = fvd.Check(f, fvd.CheckOptions{Data: opened.Data, DataDevice: opened.DataDevice, Repair: repair})
-	if opened.Data != nil {
-		err = errors.Join(err, opened.Data.Close())
-	}
-	if opened.DataDevice != nil {
-		err = errors.Join(err, opened.DataDevice.Close())
-	}
-	return result, err
 }
 
 // isDevice tells whether the bytes at l are those of a block device, which others may have used before.
@@ -208,7 +164,7 @@ func createFVD(ctx context.Context, at *location, o CreateOptions, created *newF
 			return err
 		}
 		below.format = o.BackingFormat
-		c := &chain{ctx: ctx, o: Options{ReadOnly: true, Gate: o.gate()}}
+		c := &chain{ctx: ctx, o: Options{ReadOnly: true, Gate: o.gate(), NBD: o.NBD}}
 		base, err := c.open(below, nil)
 		if err != nil {
 			return qemuError("%w\nCould not open backing image.", err)

@@ -207,6 +207,28 @@ func TestWritableBacking(t *testing.T) {
 	wantError(t, "a reader of the layer that is written", openError(t, mid, image.Options{ReadOnly: true}), "lock")
 }
 
+// MaxMetadata bounds what any FVD image of a chain takes, and no other format.
+func TestMaxMetadata(t *testing.T) {
+	dir := t.TempDir()
+	at := func(name string) string { return filepath.Join(dir, name) }
+	create(t, "fvd", at("base.fvd"), fvdOptions(64*mib, "", "", "", fvd.CreateOptions{Compact: true})) // 64 entries of 4 bytes
+	create(t, "fvd", at("over.fvd"), fvdOptions(-1, "base.fvd", "fvd", "", fvd.CreateOptions{}))
+	overlay(t, at("over.qcow2"), "base.fvd", "fvd", -1)
+	create(t, "fvd", at("data.fvd"), fvdOptions(512, "", "", "data.qcow2", fvd.CreateOptions{DataFormat: "qcow2"}))
+	create(t, "qcow2", at("disk.qcow2"), sized(64*mib))
+	for name, refused := range map[string]bool{"base.fvd": true, "over.fvd": true, "over.qcow2": true, "data.fvd": false, "disk.qcow2": false} {
+		for _, limit := range []int64{0, 255, 1 << 20} {
+			im, err := image.Open(t.Context(), at(name), image.Options{MaxMetadata: limit, ReadOnly: true})
+			if err == nil {
+				err = im.Close()
+			}
+			if want := refused && limit == 255; errors.Is(err, fvd.ErrMaxMetadata) != want || !want && err != nil {
+				t.Errorf("%s with %d bytes: %v", name, limit, err)
+			}
+		}
+	}
+}
+
 func openFile(t *testing.T, path string) storage.File {
 	t.Helper()
 	f, err := storage.Open(path, storage.OpenOptions{})

@@ -14,9 +14,9 @@
 //	   | writable, locked   |  through the   | read-only, shared  |  through the   |           |
 //	   +--------------------+     gate       +--------------------+     gate       +-----------+
 //
-// Create makes an image, Open opens one; the Image is a block.Device (package block says what can be done with it), and
-// has what only its format can behind Qcow2 and FVD. The examples are whole programs; docs/library.md of the repository
-// has them in one place.
+// Create makes an image, Check examines and repairs one, Open opens it; the Image is a block.Device (package block says
+// what can be done with it), and has what only its format can behind Qcow2 and FVD. The examples are whole programs;
+// docs/library.md of the repository has them in one place.
 //
 // A name that comes from somebody else should be made an absolute path first, which is nothing but a path; whatever else
 // it looks like is taken for it, files of the host and servers included, and asks no gate.
@@ -38,6 +38,7 @@ import (
 	"github.com/platter-disk/platter/format/fvd"
 	"github.com/platter-disk/platter/format/qcow2"
 	"github.com/platter-disk/platter/image/gate"
+	"github.com/platter-disk/platter/nbd"
 	"github.com/platter-disk/platter/storage"
 )
 
@@ -73,6 +74,20 @@ type Options struct {
 
 	L2CacheSize       int64 // bytes, each qcow2 layer, of which there must be one; 0 for its default
 	RefcountCacheSize int64 // bytes, likewise; 0 for the default
+
+	// MaxMetadata bounds the memory in bytes for bitmap and table of each FVD image of the chain; 0 is
+	// fvd.DefaultMaxMetadata. Such an image keeps them in memory whole, so this is what bounds what a stranger's can take:
+	// a small multiple of it at most (fvd.Options.MaxMetadata). One that needs more is refused before they are read, with an
+	// error that wraps fvd.ErrMaxMetadata. Other formats have caches of a fixed size instead.
+	MaxMetadata int64
+
+	// NBD says how the exports are connected that the name leads to, or a reference in the image (backing file, data
+	// file): time limits, connections, TLS, logger. What a URI says itself wins (tls-hostname, tls-certificates,
+	// tls-verify-peer); ReadOnly is decided for each of them as for a file. TLS encrypts every one of them, whatever
+	// its scheme, and shows its certificates to any server that the gate admits; a ServerName in it is expected of all
+	// that have no tls-hostname. The zero value is that of package nbd: no limit on how long a request may take, no TLS but
+	// for nbds:// URIs.
+	NBD nbd.ClientOptions
 
 	Direct       bool // bypass the page cache of local files
 	Writethrough bool // every change is durable when it is reported done
@@ -133,12 +148,13 @@ type Layer struct {
 func Open(ctx context.Context, name string, o Options) (*Image, error) {
 	im, err := open(ctx, name, o)
 	if err != nil {
-		return nil, &NameError{Verb: "open", Name: name, Err: err}
+		return nil, errOpen(name, err)
 	}
 	return im, nil
 }
 
-func open(ctx context.Context, name string, o Options) (*Image, error) {
+// resolve finds out what a name means together with the options, of which it checks and completes those that need it.
+func (o *Options) resolve(name string) (*node, error) {
 	if o.Format != "" {
 		if err := checkFormat(o.Format); err != nil {
 			return nil, err
@@ -156,6 +172,14 @@ func open(ctx context.Context, name string, o Options) (*Image, error) {
 	}
 	if o.Gate == nil {
 		o.Gate = gate.SameDirectory{}
+	}
+	return n, nil
+}
+
+func open(ctx context.Context, name string, o Options) (*Image, error) {
+	n, err := o.resolve(name)
+	if err != nil {
+		return nil, err
 	}
 	c := &chain{ctx: ctx, o: o}
 	top, err := c.open(n, nil)

@@ -11,9 +11,11 @@ import (
 	"github.com/platter-disk/platter/storage"
 )
 
-// dialNBD connects to an export, unless ctx ends before.
-func dialNBD(ctx context.Context, uri string, readOnly bool) (storage.File, error) {
-	c, err := nbd.DialContext(ctx, uri, nbd.ClientOptions{ReadOnly: readOnly})
+// dialNBD connects to an export, unless ctx ends before. Of the options ReadOnly is given apart: it is not the caller's
+// to say, but follows from what the export is used for.
+func dialNBD(ctx context.Context, uri string, o nbd.ClientOptions, readOnly bool) (storage.File, error) {
+	o.ReadOnly = readOnly
+	c, err := nbd.DialContext(ctx, uri, o)
 	if err != nil {
 		return nil, err
 	}

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 
 	"github.com/platter-disk/platter/block"
@@ -233,7 +234,6 @@ func TestErrors(t *testing.T) {
 		want string
 	}{
 		{"none", image.Options{}, "Could not open 'none': Could not open 'none': No such file or directory"},
-		{dir, image.Options{}, "found a directory"},
 		{"foo:bar", image.Options{}, "Could not open 'foo:bar': Unknown protocol 'foo'"},
 		{"lost", image.Options{}, "Could not open 'lost': Could not open backing file: Could not open 'gone': No such file or directory"},
 		{"lost2", image.Options{}, "Could not open 'lost2': Could not open backing file: Could not open backing file: Could not open 'gone': No such file or directory"},
@@ -257,6 +257,26 @@ func TestErrors(t *testing.T) {
 	}
 	if err := openError(t, "none", image.Options{}); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("errors.Is: %v", err)
+	}
+	// What is no file is named once, and said to be none.
+	overlay(t, "over", "directory", "raw", mib)
+	if err := os.Mkdir("directory", 0o700); err != nil {
+		t.Fatal(err)
+	}
+	const noFile = "Could not open 'directory': want a regular file or a block device, found a directory"
+	for name, want := range map[string]string{"directory": noFile, "over": "Could not open 'over': Could not open backing file: " + noFile} {
+		err := openError(t, name, image.Options{})
+		if err.Error() != want || !errors.Is(err, fs.ErrInvalid) || !errors.Is(err, syscall.EISDIR) || !errors.Is(err, storage.ErrKind) {
+			t.Errorf("%s: %v", name, err)
+		}
+		var named *image.NameError
+		if !errors.As(err, &named) || named.Name != name {
+			t.Errorf("%s: error about %q", name, named.Name)
+		}
+	}
+	err := image.Create(t.Context(), "qcow2", "directory", sized(mib))
+	if !errors.Is(err, syscall.EISDIR) || strings.Count(err.Error(), "Could not") != 1 {
+		t.Errorf("creating over a directory: %v", err)
 	}
 	if err := openError(t, "vmdk", image.Options{}); !errors.Is(err, image.ErrUnsupportedFormat) {
 		t.Errorf("errors.Is: %v", err)

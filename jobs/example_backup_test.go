@@ -11,7 +11,6 @@ import (
 	"path/filepath"
 
 	"github.com/platter-disk/platter/block"
-	"github.com/platter-disk/platter/format/fvd"
 	"github.com/platter-disk/platter/format/qcow2"
 	"github.com/platter-disk/platter/image"
 	"github.com/platter-disk/platter/jobs"
@@ -107,35 +106,17 @@ func usage(disk block.Device) (top, all int64, err error) {
 // verify checks an image that nobody is writing, and writes what it finds as JSON: a line a finding, and the result.
 func verify(ctx context.Context, path, format string, w io.Writer) (clean bool, err error) {
 	out := json.NewEncoder(w)
-	switch format {
-	case "fvd":
-		result, err := image.CheckFVD(ctx, path, image.Options{ReadOnly: true}, fvd.RepairNone)
-		if err != nil {
-			return false, err
-		}
-		return result.Corruptions == 0 && result.Leaks == 0, out.Encode(result)
-	case "qcow2":
-		f, err := storage.Open(path, storage.OpenOptions{ReadOnly: true})
-		if err != nil {
-			return false, err
-		}
-		defer f.Close()
-		kinds := map[qcow2.FindingKind]string{
-			qcow2.FindingCorruption: "corruption", qcow2.FindingLeak: "leak", qcow2.FindingError: "error", qcow2.FindingNote: "note",
-		}
-		var writing error
-		result, err := qcow2.Check(f, qcow2.CheckOptions{
-			Interrupt: ctx.Err,
-			Report: func(f qcow2.Finding) {
-				writing = errors.Join(writing, out.Encode(map[string]string{"kind": kinds[f.Kind], "text": f.Message}))
-			},
-		})
-		if err := errors.Join(err, writing); err != nil {
-			return false, err
-		}
-		return result.Clean(), out.Encode(result)
+	var writing error
+	result, err := image.Check(ctx, path, image.Options{Format: format}, image.CheckOptions{
+		Report: func(f qcow2.Finding) { writing = errors.Join(writing, out.Encode(f)) },
+	})
+	if errors.Is(err, image.ErrNoChecker) { // a raw image has no tables
+		return true, nil
 	}
-	return true, nil // a raw image has no tables
+	if err := errors.Join(err, writing); err != nil {
+		return false, err
+	}
+	return result.Clean(), out.Encode(result) // an FVD image has its findings in the result
 }
 
 // Copying disks out of their images, also of one that is in use.

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 
 	"github.com/platter-disk/platter/internal/testenv"
@@ -503,6 +504,8 @@ func TestOnlyFilesAndDevices(t *testing.T) {
 	for path, what := range paths {
 		if _, err := storage.Open(path, storage.OpenOptions{ReadOnly: true}); err == nil || !strings.Contains(err.Error(), what) {
 			t.Errorf("%s: %v, want an error that says %s", path, err, what)
+		} else if !errors.Is(err, storage.ErrKind) || !errors.Is(err, fs.ErrInvalid) || errors.Is(err, syscall.EISDIR) != (path == dir) {
+			t.Errorf("%s: what the error wraps does not say what is wrong: %v", path, err)
 		}
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"sync"
+	"syscall"
 )
 
 // ErrReadOnly is wrapped by every change asked of a File that was opened read-only.
@@ -169,7 +170,28 @@ func checkKind(path string, mode fs.FileMode) error {
 	default:
 		what = "neither, file mode " + mode.String()
 	}
-	return &fs.PathError{Op: "open", Path: path, Err: fmt.Errorf("want a regular file or a block device, found %s", what)}
+	return &fs.PathError{Op: "open", Path: path, Err: &kindError{what, mode.IsDir()}}
+}
+
+// ErrKind is wrapped by the error of opening what is neither a regular file nor a block device. It wraps fs.ErrInvalid;
+// of a directory the error wraps syscall.EISDIR too.
+var ErrKind = fmt.Errorf("want a regular file or a block device: %w", fs.ErrInvalid)
+
+// kindError says what was found instead.
+type kindError struct {
+	found     string
+	directory bool
+}
+
+func (e *kindError) Error() string {
+	return "want a regular file or a block device, found " + e.found
+}
+
+func (e *kindError) Unwrap() []error {
+	if e.directory {
+		return []error{ErrKind, syscall.EISDIR}
+	}
+	return []error{ErrKind}
 }
 
 // withFD calls fn with the descriptor, which stays open meanwhile.

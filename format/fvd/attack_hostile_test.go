@@ -58,7 +58,7 @@ func TestFarChunk(t *testing.T) {
 		f := farChunk(t, clean)
 		spent := allocated(func() {
 			_, err := Open(f, Options{MaxMetadata: 1 << 20})
-			if err == nil || !strings.Contains(err.Error(), "memory") {
+			if !errors.Is(err, ErrMaxMetadata) {
 				t.Errorf("clean %v: opened within 1 MiB: %v", clean, err)
 			}
 		})
@@ -230,12 +230,12 @@ func TestEpochsUsedUpCleanly(t *testing.T) {
 func TestTooLargeForItsMemory(t *testing.T) {
 	f := storage.NewMemory("image")
 	err := Create(f, CreateOptions{Size: 1 << 46, Compact: true, ChunkSize: 64 << 10})
-	if err == nil || !strings.Contains(err.Error(), "memory") {
+	if !errors.Is(err, ErrMaxMetadata) {
 		t.Errorf("create: %v", err)
 	}
 	o := smallCompact(64 << 10)
 	im := opened(t, made(t, o), Options{MaxMetadata: 4 << 10})
-	if err := im.Resize(16<<20, 0); err == nil || !strings.Contains(err.Error(), "memory") {
+	if err := im.Resize(16<<20, 0); !errors.Is(err, ErrMaxMetadata) {
 		t.Errorf("resize: %v", err)
 	}
 	put(t, im, 0, filled(1, 512))

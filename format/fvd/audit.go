@@ -3,8 +3,6 @@ package fvd
 import (
 	"errors"
 	"fmt"
-
-	"github.com/platter-disk/platter/block"
 )
 
 // Audit verifies the tables of an open image against each other, in memory: what a crash would leave is a part of
@@ -14,7 +12,7 @@ import (
 func (im *Image) Audit() error {
 	pass, ok := im.m.guard.enter(0)
 	if !ok {
-		return block.ErrClosed
+		return im.errClosed()
 	}
 	defer im.m.guard.leave(pass)
 	m := im.m

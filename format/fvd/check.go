@@ -71,6 +71,9 @@ type CheckResult struct {
 	ImageEnd        int64 `json:"image-end-offset"` // bytes of the data storage in use
 }
 
+// Clean reports that nothing is wrong.
+func (r *CheckResult) Clean() bool { return r.Corruptions+r.Leaks == 0 }
+
 // checker is one run of Check.
 type checker struct {
 	m      *metadata

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -194,9 +195,12 @@ func TestCloseWhileBusy(t *testing.T) {
 	for name, err := range map[string]error{
 		"read": func() error { _, err := im.ReadAt(make([]byte, 1), 0); return err }(), "flush": im.Flush(), "zero": im.WriteZeroes(0, 512, 0),
 		"try read": im.TryReadAt(make([]byte, 1), 0), "resize": im.Resize(1<<20, 0), "extents": im.Extents(0, 1, nil),
-		"checkpoint": im.Checkpoint(), "detach": im.DetachBase(),
+		"checkpoint": im.Checkpoint(), "detach": im.DetachBase(), "empty": im.Empty(), "audit": im.Audit(),
+		"discard": im.Discard(0, 512), "read base": im.ReadBase(make([]byte, 1), 0),
+		"write":    func() error { _, err := im.WriteAt(make([]byte, 1), 0); return err }(),
+		"populate": func() error { _, err := im.Populate(make([]byte, 1), 0); return err }(),
 	} {
-		if !errors.Is(err, block.ErrClosed) {
+		if !errors.Is(err, block.ErrClosed) || !strings.Contains(err.Error(), f.Name()) {
 			t.Errorf("%s after Close: %v", name, err)
 		}
 	}

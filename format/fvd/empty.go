@@ -16,7 +16,7 @@ import (
 // has nothing to be emptied into; the error wraps errors.ErrUnsupported.
 func (im *Image) Empty() error {
 	if !im.m.guard.pause() {
-		return block.ErrClosed
+		return im.errClosed()
 	}
 	defer im.m.guard.resume(false)
 	if err := im.empty(); err != nil {

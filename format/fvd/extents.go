@@ -38,7 +38,7 @@ func (im *Image) Extents(off, length int64, fn func(block.Extent) bool) error {
 func (im *Image) gatherExtents(batch []block.Extent, off, length int64) ([]block.Extent, error) {
 	pass, ok := im.m.guard.enter(off)
 	if !ok {
-		return nil, block.ErrClosed
+		return nil, im.errClosed()
 	}
 	defer im.m.guard.leave(pass)
 	if err := block.CheckRange("block status", off, length, im.m.g.size); err != nil {

@@ -118,7 +118,7 @@ func (g *geometry) tableMemory() int64 {
 // fits refuses tables that take more than limit bytes of memory.
 func (g *geometry) fits(limit int64) error {
 	if need := g.tableMemory(); need > limit {
-		return fmt.Errorf("bitmap and table take %d bytes of memory, the limit is %d; larger blocks and chunks take less", need, limit)
+		return fmt.Errorf("%w: bitmap and table take %d bytes of memory, the limit is %d; larger blocks and chunks take less", ErrMaxMetadata, need, limit)
 	}
 	return nil
 }

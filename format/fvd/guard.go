@@ -3,8 +3,6 @@ package fvd
 import (
 	"sync"
 	"sync/atomic"
-
-	"github.com/platter-disk/platter/block"
 )
 
 const guardShards = 8 // spreads the counters of concurrent requests over cache lines
@@ -62,14 +60,6 @@ func (g *guard) tryEnter(hint int64) (p pass, ok bool) {
 	}
 	g.leave(p)
 	return pass{}, false
-}
-
-// refusal says why tryEnter failed, without waiting: the image is closed, or it takes waiting.
-func (g *guard) refusal() error {
-	if g.closed.Load() {
-		return block.ErrClosed
-	}
-	return block.ErrWouldBlock
 }
 
 // leave ends a request.

@@ -68,7 +68,8 @@ type Options struct {
 	// keeps its size. Nil never does.
 	Interrupt func() error
 
-	// MaxMetadata bounds the memory for bitmap and table, in bytes; 0: DefaultMaxMetadata. What keeps track of the
+	// MaxMetadata bounds the memory for bitmap and table, in bytes; 0: DefaultMaxMetadata. An image that needs more is
+	// refused before they are read (ErrMaxMetadata). What keeps track of the
 	// storage takes a bit a chunk more, of which as much is allowed again; replaying a journal that changes
 	// mappings takes twice the table for a while.
 	MaxMetadata int64
@@ -126,7 +127,7 @@ func (im *Image) Limits() block.Limits {
 func (im *Image) Flush() error {
 	pass, ok := im.m.guard.enter(0)
 	if !ok {
-		return block.ErrClosed
+		return im.errClosed()
 	}
 	defer im.m.guard.leave(pass)
 	if im.readOnly {
@@ -169,7 +170,7 @@ func (im *Image) flush() error {
 func (im *Image) Checkpoint() error {
 	pass, ok := im.m.guard.enter(0)
 	if !ok {
-		return block.ErrClosed
+		return im.errClosed()
 	}
 	defer im.m.guard.leave(pass)
 	if im.readOnly || !im.m.inUse.Load() {
@@ -181,11 +182,13 @@ func (im *Image) Checkpoint() error {
 // WriteCompressed implements block.Device: the format has no compression.
 func (im *Image) WriteCompressed([]byte, int64) error { return im.unsupported("compressed writes") }
 
+func (im *Image) errClosed() error { return fmt.Errorf("fvd image %s: %w", im.m.name, block.ErrClosed) }
+
 // begin admits a change of [off, off+length). The caller ends it with leave if err is nil.
 func (im *Image) begin(op string, off, length int64) (pass, error) {
 	p, ok := im.m.guard.enter(off)
 	if !ok {
-		return p, block.ErrClosed
+		return p, im.errClosed()
 	}
 	var err error
 	if im.readOnly {

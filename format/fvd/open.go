@@ -11,6 +11,11 @@ import (
 // ErrDirty is wrapped when an image without a journal was not closed cleanly: its tables cannot be trusted.
 var ErrDirty = errors.New("the image has no journal and was not closed cleanly")
 
+// ErrMaxMetadata is wrapped by the error of opening, making, resizing or checking an image whose tables, or what
+// keeps track of its storage, take more memory than the option MaxMetadata allows. It says nothing about the image but its
+// size.
+var ErrMaxMetadata = errors.New("the tables are too large")
+
 // ReadHeader reads and validates the header of an image, to learn what it refers to before opening it.
 func ReadHeader(f storage.File) (*Header, error) {
 	h, err := readHeader(f)

@@ -54,7 +54,7 @@ func (im *Image) NextInBase(off int64) (start, n int64) {
 func (im *Image) ReadBase(p []byte, off int64) error {
 	pass, ok := im.m.guard.enter(off)
 	if !ok {
-		return block.ErrClosed
+		return im.errClosed()
 	}
 	defer im.m.guard.leave(pass)
 	if err := block.CheckRange("read of the base image", off, int64(len(p)), im.BaseSize()); err != nil {
@@ -214,7 +214,7 @@ func (im *Image) DetachBase() error {
 		return err
 	}
 	if !im.m.guard.pause() {
-		return block.ErrClosed
+		return im.errClosed()
 	}
 	base := im.base
 	im.base = nil

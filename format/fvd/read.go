@@ -75,7 +75,7 @@ func (im *Image) place(off guestOffset, n int64) piece {
 func (im *Image) ReadAt(p []byte, off int64) (int, error) {
 	pass, ok := im.m.guard.enter(off)
 	if !ok {
-		return 0, block.ErrClosed
+		return 0, im.errClosed()
 	}
 	defer im.m.guard.leave(pass)
 	if off < 0 {
@@ -94,8 +94,12 @@ func (im *Image) ReadAt(p []byte, off int64) (int, error) {
 // TryReadAt implements block.Device.
 func (im *Image) TryReadAt(p []byte, off int64) error {
 	pass, ok := im.m.guard.tryEnter(off)
-	if !ok {
-		return im.m.guard.refusal()
+	switch {
+	case ok:
+	case im.m.guard.closed.Load():
+		return im.errClosed()
+	default:
+		return block.ErrWouldBlock
 	}
 	defer im.m.guard.leave(pass)
 	if err := block.CheckRange("read", off, int64(len(p)), im.m.g.size); err != nil {

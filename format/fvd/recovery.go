@@ -307,8 +307,8 @@ func (m *metadata) scanTable(stored int64, bad func(chunkIndex, entry, tableFaul
 		}
 	}
 	if need := int64(u.next) / 8; need > m.maxMemory {
-		return u, fmt.Errorf("fvd image %s: the table names chunk %#x of the storage; to keep track of so many takes %d bytes of memory, the limit is %d",
-			m.name, u.next-1, need, m.maxMemory)
+		return u, fmt.Errorf("fvd image %s: %w: the table names chunk %#x of the storage; to keep track of so many takes %d bytes of memory, the limit is %d",
+			m.name, ErrMaxMetadata, u.next-1, need, m.maxMemory)
 	}
 	u.used = make([]uint64, (int64(u.next)+63)/64)
 	for c := range chunkIndex(len(m.table)) {

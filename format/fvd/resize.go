@@ -13,7 +13,7 @@ import (
 // gives back what it has laid out; the disk keeps its size.
 func (im *Image) Resize(size int64, prealloc block.Preallocation) error {
 	if !im.m.guard.pause() {
-		return block.ErrClosed
+		return im.errClosed()
 	}
 	defer im.m.guard.resume(false)
 	if im.readOnly {

@@ -18,12 +18,20 @@ const (
 	FindingNote                          // not counted
 )
 
-// Finding is one inconsistency, in the words of qemu-img check.
+// String returns the name of the kind: corruption, leak, error, note.
+func (k FindingKind) String() string {
+	return [...]string{"corruption", "leak", "error", "note"}[min(k, FindingNote)]
+}
+
+// MarshalText implements encoding.TextMarshaler: the name, also in JSON.
+func (k FindingKind) MarshalText() ([]byte, error) { return []byte(k.String()), nil }
+
+// Finding is one inconsistency, in the words of qemu-img check. Its JSON form is that of a finding of package fvd.
 type Finding struct {
-	Kind    FindingKind
-	Message string // may have several lines; no newline at the end
-	Fixed   bool   // it is being repaired
-	Named   bool   // qemu-img prints it with the program's name and a colon in front
+	Kind    FindingKind `json:"kind"`
+	Message string      `json:"text"`  // may have several lines; no newline at the end
+	Fixed   bool        `json:"fixed"` // it is being repaired
+	Named   bool        `json:"-"`     // qemu-img prints it with the program's name and a colon in front
 }
 
 // Repair says what Check may change.
@@ -45,7 +53,7 @@ type CheckOptions struct {
 
 	// Memory bounds what is kept for each host cluster of the image: a byte for each that is in use, a little
 	// more where many compressed clusters share one. In bytes; 0 is 1 GiB, which suffices for 64 TiB of data
-	// in clusters of 64 KiB.
+	// in clusters of 64 KiB. A check that needs more ends with an error that wraps ErrCheckMemory.
 	Memory int64
 
 	Repair Repair // what to repair; needs a writable file
@@ -296,7 +304,7 @@ func (c *checker) report(f Finding) {
 
 // readError wraps a failed read of a table.
 func (c *checker) readError(what string, err error) error {
-	if errors.Is(err, errCheckMemory) {
+	if errors.Is(err, ErrCheckMemory) {
 		return fmt.Errorf("%s: %w", c.f.Name(), err)
 	}
 	return fmt.Errorf("%s: read %s: %w", c.f.Name(), what, err)

@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -438,7 +439,7 @@ func TestCheckSparse(t *testing.T) {
 	if v, _ := ourVerdict(t, f, RepairNone); v.exitCode() != 2 {
 		t.Errorf("%+v", v)
 	}
-	if _, err := Check(f, CheckOptions{Memory: 1}); !errors.Is(err, errCheckMemory) {
+	if _, err := Check(f, CheckOptions{Memory: 1}); !errors.Is(err, ErrCheckMemory) {
 		t.Errorf("with a byte of memory: %v", err)
 	}
 	if err := f.Truncate(1 << 50); err != nil {
@@ -619,5 +620,18 @@ func TestCheckFailureSays(t *testing.T) {
 	err := &CheckFailure{File: "disk.qcow2", Reason: reasonTooLarge}
 	if got := err.Error(); got != "disk.qcow2: Check failed: File too large" {
 		t.Error(got)
+	}
+}
+
+// A finding says in JSON what it is, as those of FVD do.
+func TestFindingJSON(t *testing.T) {
+	for kind, want := range map[FindingKind]string{
+		FindingCorruption: "corruption", FindingLeak: "leak", FindingError: "error", FindingNote: "note",
+	} {
+		text, err := json.Marshal(Finding{Kind: kind, Message: "Leaked cluster 3", Fixed: kind == FindingLeak, Named: true})
+		full := fmt.Sprintf(`{"kind":"%s","text":"Leaked cluster 3","fixed":%t}`, want, kind == FindingLeak)
+		if err != nil || string(text) != full || kind.String() != want {
+			t.Errorf("%s %v, want %s", text, err, full)
+		}
 	}
 }

@@ -44,14 +44,16 @@ func (o owner) String() string {
 // L2 tables and data, and many compressed clusters fit in one host cluster.
 func (o owner) shareable() bool { return o == ownerL2 || o == ownerData || o == ownerCompressed }
 
-var errCheckMemory = errors.New("the check needs more memory than it is allowed (CheckOptions.Memory)")
+// ErrCheckMemory is wrapped by the error of a check that would exceed CheckOptions.Memory. It says nothing about the
+// image but its size.
+var ErrCheckMemory = errors.New("the check needs more memory than it is allowed (CheckOptions.Memory)")
 
 // memoryBudget is what the pages of several clusterCounts may still take, in bytes.
 type memoryBudget struct{ left int64 }
 
 func (m *memoryBudget) take(n int64) error {
 	if m.left < n {
-		return errCheckMemory
+		return ErrCheckMemory
 	}
 	m.left -= n
 	return nil

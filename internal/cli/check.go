@@ -8,7 +8,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/platter-disk/platter/format/qcow2"
-	"github.com/platter-disk/platter/storage"
+	"github.com/platter-disk/platter/image"
 )
 
 // Exit statuses of check.
@@ -45,13 +45,13 @@ nothing to check.`,
   platter check -r leaks disk.qcow2`,
 		Args: cobra.ArbitraryArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			var mode qcow2.Repair
+			var mode image.Repair
 			switch repair {
 			case "":
-			case qcow2.RepairLeaks.String():
-				mode = qcow2.RepairLeaks
-			case qcow2.RepairAll.String():
-				mode = qcow2.RepairAll
+			case image.RepairLeaks.String():
+				mode = image.RepairLeaks
+			case image.RepairAll.String():
+				mode = image.RepairAll
 			default:
 				return usagef(cmd, "Unknown option value for -r (expecting 'leaks' or 'all'): %s", repair)
 			}
@@ -67,22 +67,8 @@ nothing to check.`,
 			if err := open.check(cmd); err != nil {
 				return err
 			}
-			img, format, err := open.openFile(cmd.Context(), args[0], mode == qcow2.RepairNone)
-			if err != nil {
-				return err
-			}
-			c := checking{cmd: cmd, name: args[0], repair: mode, discard: discard, quiet: quiet, json: output.json()}
-			switch format {
-			case "qcow2":
-				return errors.Join(c.run(img.File()), img.Close())
-			case "fvd": // opened anew, with the data file that it may have
-				if err := img.Close(); err != nil {
-					return err
-				}
-				return c.runFVD(&open)
-			default:
-				return errors.Join(&exitError{checkUnsupported, fmt.Errorf("This image format does not support checks")}, img.Close())
-			}
+			c := checking{cmd: cmd, name: args[0], quiet: quiet, json: output.json()}
+			return c.run(&open, image.CheckOptions{Repair: mode, DiscardJournal: discard, Report: c.finding})
 		},
 	}
 	open.register(cmd, "`FORMAT` of the image; guessed when not given")
@@ -100,26 +86,35 @@ nothing to check.`,
 
 // checking is one run of check.
 type checking struct {
-	cmd     *cobra.Command
-	name    string
-	repair  qcow2.Repair
-	discard bool // the metadata journal
-	quiet   bool
-	json    bool
+	cmd   *cobra.Command
+	name  string
+	quiet bool
+	json  bool
 }
 
-func (c *checking) run(f storage.File) error {
-	result, err := qcow2.Check(f, qcow2.CheckOptions{
-		Repair: c.repair, DiscardJournal: c.discard, Report: c.finding, Interrupt: c.cmd.Context().Err,
-	})
+func (c *checking) run(open *openFlags, o image.CheckOptions) error {
+	g, err := open.gate()
 	if err != nil {
-		var failure *qcow2.CheckFailure
-		if errors.As(err, &failure) {
-			return fmt.Errorf("Check failed: %s", failure.Reason)
-		}
-		return fmt.Errorf("Could not open '%s': %w", c.name, err)
+		return err
 	}
-	result.Filename = c.name
+	result, err := image.Check(c.cmd.Context(), c.name, image.Options{
+		Format: open.format, NameIsOptions: open.imageOpts, Share: open.forceShare, Gate: g,
+	}, o)
+	var failure *qcow2.CheckFailure
+	switch {
+	case errors.Is(err, image.ErrNoChecker):
+		return &exitError{checkUnsupported, fmt.Errorf("This image format does not support checks")}
+	case errors.As(err, &failure):
+		return fmt.Errorf("Check failed: %s", failure.Reason)
+	case err != nil:
+		return err
+	case result.FVD != nil:
+		return c.reportFVD(result.FVD)
+	}
+	return c.reportQcow2(result.Qcow2)
+}
+
+func (c *checking) reportQcow2(result *qcow2.CheckResult) error {
 	out := c.cmd.OutOrStdout()
 	switch {
 	case c.json:

@@ -5,8 +5,6 @@ import (
 	"io"
 
 	"github.com/platter-disk/platter/format/fvd"
-	"github.com/platter-disk/platter/format/qcow2"
-	"github.com/platter-disk/platter/image"
 )
 
 // fvdReport is the JSON form of check of an FVD image; the names that qemu-img has too mean the same.
@@ -17,28 +15,13 @@ type fvdReport struct {
 	*fvd.CheckResult
 }
 
-// runFVD checks an image in format FVD.
-func (c *checking) runFVD(open *openFlags) error {
-	if c.discard {
-		return fmt.Errorf("--discard-journal is for qcow2 images")
-	}
-	g, err := open.gate()
-	if err != nil {
-		return err
-	}
-	repair := map[qcow2.Repair]fvd.Repair{qcow2.RepairLeaks: fvd.RepairLeaks, qcow2.RepairAll: fvd.RepairAll}[c.repair]
-	o := image.Options{Gate: g, Share: open.forceShare, NameIsOptions: open.imageOpts}
-	result, err := image.CheckFVD(c.cmd.Context(), c.name, o, repair)
-	if err != nil {
-		return err
-	}
+func (c *checking) reportFVD(result *fvd.CheckResult) error {
 	out := c.cmd.OutOrStdout()
-	switch {
-	case c.json:
+	if c.json {
 		if err := printJSON(out, fvdReport{Filename: c.name, Format: "fvd", CheckResult: result}); err != nil {
 			return err
 		}
-	default:
+	} else {
 		for _, f := range result.Findings {
 			fmt.Fprintln(c.cmd.ErrOrStderr(), findingLine(f))
 		}
@@ -60,7 +43,7 @@ func findingLine(f fvd.Finding) string {
 // printFVDCheck prints the summary for people.
 func printFVDCheck(out io.Writer, r *fvd.CheckResult) {
 	checkSummary{
-		unit: "chunks", leakMeans: "They are used again when the image is next written.", clean: r.Corruptions == 0 && r.Leaks == 0,
+		unit: "chunks", leakMeans: "They are used again when the image is next written.", clean: r.Clean(),
 		corruptions: r.Corruptions, leaks: r.Leaks, corruptionsFixed: r.CorruptionsFixed, leaksFixed: r.LeaksFixed,
 	}.print(out)
 	if r.TotalChunks > 0 {
