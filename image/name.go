@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/platter-disk/platter/image/gate"
+	"github.com/platter-disk/platter/internal/hostpath"
 )
 
 // node says how to open an image: what a name means once it is parsed.
@@ -162,12 +163,13 @@ func parseReference(kind gate.Kind, from *location, ref string, relative relativ
 	if err != nil {
 		return nil, r, err
 	}
-	if relative == besideImage && prefix == "" && !filepath.IsAbs(at.path) {
-		if !from.local() {
+	if relative == besideImage && prefix == "" {
+		if !from.local() && !hostpath.Fixed(at.path) {
 			return nil, r, fmt.Errorf("the relative name %q cannot be resolved, because the image that refers to it is not a file", ref)
 		}
-		// Joined as text: what looks like "dir/.." may not be here when dir is a symbolic link.
-		at.path = from.path[:strings.LastIndexAny(from.path, "/"+pathSeparators)+1] + at.path
+		if from.local() {
+			at.path = hostpath.Beside(from.path, at.path)
+		}
 	}
 	r.Protocol, r.Name = at.protocol(), at.String()
 	return &node{at: at}, r, nil

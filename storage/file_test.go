@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -69,6 +70,18 @@ func forEachKind(t *testing.T, test func(t *testing.T, f storage.File)) {
 	for _, k := range kinds {
 		t.Run(k.name, func(t *testing.T) { test(t, k.open(t)) })
 	}
+}
+
+// able tells whether f did what returned err, and fails t unless it did. Local files of other systems than linux have
+// nothing but data, and say so.
+func able(t interface{ Fatal(...any) }, err error) bool {
+	if runtime.GOOS != "linux" && errors.Is(err, errors.ErrUnsupported) {
+		return false
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return true
 }
 
 func pattern(n int, seed uint64) []byte {
@@ -134,21 +147,21 @@ func modelRun(t *rapid.T, f storage.File, fixed bool) {
 		},
 		"punch": func(t *rapid.T) {
 			off, n := offset.Draw(t, "off"), length.Draw(t, "len")
-			must(f.PunchHole(int64(off), int64(n)))
+			if !able(t, f.PunchHole(int64(off), int64(n))) {
+				return
+			}
 			clear(model[min(off, len(model)):min(off+n, len(model))])
 		},
 		"zero": func(t *rapid.T) {
 			off, n := offset.Draw(t, "off"), length.Draw(t, "len")
-			must(f.ZeroRange(int64(off), int64(n)))
-			if n > 0 {
+			if able(t, f.ZeroRange(int64(off), int64(n))) && n > 0 {
 				grow(off + n)
 				clear(model[off : off+n])
 			}
 		},
 		"allocate": func(t *rapid.T) {
 			off, n := offset.Draw(t, "off"), length.Draw(t, "len")
-			must(f.Allocate(int64(off), int64(n)))
-			if n > 0 {
+			if able(t, f.Allocate(int64(off), int64(n))) && n > 0 {
 				grow(off + n)
 			}
 		},
@@ -210,6 +223,9 @@ func checkExtents(t *rapid.T, f storage.File, model []byte) {
 func TestSparse(t *testing.T) {
 	const size, at = 1 << 40, 5<<30 + 12345
 	forEachKind(t, func(t *testing.T, f storage.File) {
+		if runtime.GOOS == "windows" && f.Name() != "disk" {
+			t.Skip("files are not made sparse on windows: this one would take a terabyte")
+		}
 		if err := f.Truncate(size); err != nil {
 			t.Fatal(err)
 		}
@@ -291,6 +307,7 @@ func TestNoAllocations(t *testing.T) {
 func TestConcurrentWriters(t *testing.T) {
 	forEachKind(t, func(t *testing.T, f storage.File) {
 		const writers, each, rounds = 8, 1700, 40
+		punches := able(t, f.PunchHole(0, 1))
 		var wg sync.WaitGroup
 		for w := range writers {
 			wg.Go(func() {
@@ -299,7 +316,7 @@ func TestConcurrentWriters(t *testing.T) {
 					if _, err := f.WriteAt(bytes.Repeat([]byte{byte(w + 1)}, each), off); err != nil {
 						t.Error(err)
 					}
-					if r > 0 && w%2 == 0 {
+					if punches && r > 0 && w%2 == 0 {
 						if err := f.PunchHole(off-writers*each, each); err != nil {
 							t.Error(err)
 						}
@@ -315,7 +332,7 @@ func TestConcurrentWriters(t *testing.T) {
 		for r := range rounds {
 			for w := range writers {
 				want := byte(w + 1)
-				if w%2 == 0 && r < rounds-1 {
+				if punches && w%2 == 0 && r < rounds-1 {
 					want = 0
 				}
 				if _, err := f.ReadAt(got, int64(w*each+r*writers*each)); err != nil {
@@ -426,7 +443,7 @@ func TestOpenOptions(t *testing.T) {
 	if err := open(storage.OpenOptions{Create: true, Exclusive: true, NoCoW: true, Perm: 0o600}); err != nil {
 		t.Fatal(err)
 	}
-	if info, err := os.Stat(path); err != nil || info.Mode().Perm()&0o077 != 0 {
+	if info, err := os.Stat(path); err != nil || info.Mode().Perm()&0o077 != 0 && runtime.GOOS != "windows" {
 		t.Errorf("permissions: %v, %v", info.Mode(), err)
 	}
 	if err := open(storage.OpenOptions{Create: true, Exclusive: true}); !errors.Is(err, fs.ErrExist) {
@@ -523,7 +540,14 @@ func TestUseAfterClose(t *testing.T) {
 		"punch": func() error { return f.PunchHole(0, 1) },
 		"size":  func() error { _, err := f.Size(); return err },
 	} {
-		if err := call(); !errors.Is(err, fs.ErrClosed) {
+		err := call()
+		if runtime.GOOS != "linux" && (err == storage.ErrWouldBlock || errors.Is(err, errors.ErrUnsupported)) {
+			continue // which is said before the file is looked at
+		}
+		if runtime.GOOS == "windows" && name == "size" && err != nil {
+			continue // os.File.Stat has other words there
+		}
+		if !errors.Is(err, fs.ErrClosed) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}

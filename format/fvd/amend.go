@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/platter-disk/platter/internal/hostpath"
 	"github.com/platter-disk/platter/storage"
 )
 
@@ -196,10 +197,7 @@ func samePath(ref, image string) bool {
 	if ref == "" {
 		return false
 	}
-	if !filepath.IsAbs(ref) {
-		ref = filepath.Join(filepath.Dir(image), ref)
-	}
-	return filepath.Clean(ref) == filepath.Clean(image)
+	return filepath.Clean(hostpath.Beside(image, ref)) == filepath.Clean(image)
 }
 
 // changeBase adapts what goes with the name of the base image; measured: base_length is the length of the new one.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -97,13 +98,13 @@ func checkLinearizable(t *testing.T, cfg modelConfig, seed uint64) {
 	t.Helper()
 	w := newWorld(t, t, cfg, seed)
 	const clients, requests = 5, 60
-	start := time.Now()
+	var clock atomic.Int64
 	var mu sync.Mutex
 	var history []porcupine.Operation
 	var wg sync.WaitGroup
 	for id := range clients {
 		wg.Go(func() {
-			c := &client{id: id, w: w, r: rand.New(rand.NewPCG(seed, uint64(id))), start: start}
+			c := &client{id: id, w: w, r: rand.New(rand.NewPCG(seed, uint64(id))), clock: &clock}
 			for range requests {
 				if err := c.request(); err != nil {
 					t.Errorf("client %d: %v", id, err)
@@ -151,7 +152,7 @@ type client struct {
 	id      int
 	w       *world
 	r       *rand.Rand
-	start   time.Time
+	clock   *atomic.Int64 // counts starts and ends of requests: systems' clocks may be too coarse to order them
 	count   uint64
 	history []porcupine.Operation
 }
@@ -165,7 +166,7 @@ func (c *client) request() error {
 	n := min(1+c.r.IntN(6), sectors-first)
 	off, length := int64(first)*sectorSize, int64(n)*sectorSize
 	p := make([]byte, length)
-	call := time.Since(c.start)
+	call := c.clock.Add(1)
 	var err error
 	write, value := true, uint64(0)
 	switch op := c.r.IntN(12); op {
@@ -194,10 +195,10 @@ func (c *client) request() error {
 		write = false
 		_, err = im.ReadAt(p, off)
 	}
-	back := time.Since(c.start)
+	back := c.clock.Add(1)
 	for i := range n {
 		op := porcupine.Operation{
-			ClientId: c.id, Call: int64(call), Return: int64(back),
+			ClientId: c.id, Call: call, Return: back,
 			Input: sectorCall{sector: first + i, write: write, value: value},
 		}
 		if !write {

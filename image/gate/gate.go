@@ -18,6 +18,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 )
 
 // ErrRefused is wrapped by the errors of the gates of this package.
@@ -80,6 +81,10 @@ type SameDirectory struct{}
 func (SameDirectory) Allow(r Reference) error {
 	if r.Protocol != FileProtocol {
 		return r.refuse("only files in the image's own directory are allowed")
+	}
+	// On windows even looking at a path on another machine tells that machine who the user is.
+	if v := filepath.VolumeName(r.Name); len(v) > len("C:") && !strings.EqualFold(v, filepath.VolumeName(r.Image)) {
+		return r.refuse("it is not on the image's own drive")
 	}
 	home, err := os.Stat(filepath.Dir(r.Image))
 	if err != nil {

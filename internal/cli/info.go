@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"path/filepath"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -13,6 +12,7 @@ import (
 	"github.com/platter-disk/platter/format/fvd"
 	"github.com/platter-disk/platter/format/qcow2"
 	"github.com/platter-disk/platter/image"
+	"github.com/platter-disk/platter/internal/hostpath"
 	"github.com/platter-disk/platter/nbd"
 	"github.com/platter-disk/platter/storage"
 )
@@ -216,11 +216,10 @@ func (i *imageInfo) addFVD(f storage.File, path string) error {
 // the directory of the image.
 func fullBackingName(path, ref string) string {
 	colon, slash := strings.IndexByte(ref, ':'), strings.IndexByte(ref, '/')
-	protocol := colon > 0 && (slash < 0 || colon < slash)
-	if protocol || filepath.IsAbs(ref) || nbd.IsURI(path) {
+	if protocol := colon > 0 && (slash < 0 || colon < slash); protocol || nbd.IsURI(path) {
 		return ref
 	}
-	return path[:strings.LastIndexAny(path, "/"+string(filepath.Separator))+1] + ref
+	return hostpath.Beside(path, ref)
 }
 
 func printJSON(out io.Writer, v any) error {

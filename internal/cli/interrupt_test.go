@@ -5,6 +5,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -59,6 +60,9 @@ func TestCreateInterrupted(t *testing.T) {
 		"convert -f raw -O qcow2 -o preallocation=full in.raw disk",
 	} {
 		t.Run(line, func(t *testing.T) {
+			if runtime.GOOS == "windows" && strings.Contains(line, "=falloc") {
+				t.Skip("space is not reserved on windows")
+			}
 			args := strings.Fields(line)
 			path := filepath.Join(dir, "disk")
 			interrupted := 0

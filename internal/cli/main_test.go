@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"os/exec"
+	"runtime"
 	"strconv"
 	"testing"
 
@@ -33,6 +34,14 @@ func TestScripts(t *testing.T) {
 			"truncate": scriptTruncate,
 		},
 	})
+}
+
+// missing is what the system says of a file that is not there, where it is known; testscripts have [windows] for it.
+func missing() string {
+	if runtime.GOOS == "windows" {
+		return ""
+	}
+	return "No such file"
 }
 
 func scriptStatus(ts *testscript.TestScript, neg bool, args []string) {

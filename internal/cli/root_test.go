@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -88,6 +89,9 @@ func TestIgnoredHangup(t *testing.T) {
 
 // TestServeHangup: the server ends in good order when its terminal closes.
 func TestServeHangup(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("windows has no signals")
+	}
 	dir := t.TempDir()
 	image, socket := filepath.Join(dir, "disk.qcow2"), filepath.Join(dir, "s")
 	cmd := exec.Command("platter", "serve", "--create", "1M", "--socket", socket, image)

@@ -9,3 +9,6 @@ var (
 	noSpace      = [...]error{syscall.ENOSPC, syscall.EDQUOT, syscall.EFBIG}
 	noPermission = [...]error{syscall.EPERM, syscall.EACCES, syscall.EROFS}
 )
+
+// refused is how the system says that nobody listens.
+const refused = syscall.ECONNREFUSED

@@ -8,7 +8,6 @@ import (
 	"os"
 	"strconv"
 	"sync"
-	"syscall"
 )
 
 // Listen is net.Listen for "tcp" and "unix". It replaces a Unix socket that no process listens on any more,
@@ -67,7 +66,7 @@ func removeStale(path string) error {
 		c.Close()
 		return fmt.Errorf("listen on %s: another process listens there", path)
 	}
-	if !errors.Is(err, syscall.ECONNREFUSED) {
+	if !errors.Is(err, refused) {
 		return fmt.Errorf("listen on %s: the socket exists: %w", path, err)
 	}
 	return os.Remove(path)
