@@ -150,19 +150,19 @@ func qcow2Workloads() []qcow2Workload {
 		{
 			Workload: Workload{Name: "shrink", Description: "the disk becomes smaller and larger again, and its tables come and go"},
 			create:   qcow2.CreateOptions{Size: 96 * kib, ClusterSize: 512, RefcountBits: 64},
-			discard:  true, work: shrinkWork,
+			discard:  true, work: shrinkWork(nil),
 		}, {
 			Workload: Workload{Name: "shrink-snapshot", Description: "the same with snapshots, which keep what the disk gives up"},
 			create:   qcow2.CreateOptions{Size: 96 * kib, ClusterSize: 512},
-			discard:  true, snapshots: shrunk, work: shrinkSnapshotWork(shrunk),
+			discard:  true, snapshots: shrunk, work: shrinkWork(shrunk),
 		}, {
 			Workload: Workload{Name: "shrink-overlay", Description: "the same over a backing file, which must not show through"},
 			create:   qcow2.CreateOptions{Size: 64 * kib, ClusterSize: 1024},
-			backing:  64 * kib, discard: true, work: shrinkWork,
+			backing:  64 * kib, discard: true, work: shrinkWork(nil),
 		}, {
 			Workload: Workload{Name: "shrink-data-file", Description: "the same with an external data file that is the disk at all times"},
 			create:   qcow2.CreateOptions{Size: 64 * kib, ClusterSize: 1024, DataFileRaw: true},
-			data:     true, discard: true, work: shrinkWork,
+			data:     true, discard: true, work: shrinkWork(nil),
 		},
 		qcow2CopyOnRead(),
 	}
@@ -195,70 +195,35 @@ func compressedWork(seed uint64) func(g *crashlab.Guest) error {
 	}
 }
 
-// shrinkWork lets a disk become smaller, down to nothing but its first clusters, and larger again between writes.
-func shrinkWork(seed uint64) func(g *crashlab.Guest) error {
-	return func(g *crashlab.Guest) error {
-		r := newRand(seed)
-		im := g.Subject().(*qcow2Subject).Image
-		size := im.Size()
-		resize := func(to int64) error {
-			return g.Resize(to, func() error { return im.Resize(to, block.PreallocOff) })
-		}
-		for range shrinkSteps {
-			mix := crashlab.Mix{Requests: 12, MaxLength: 16 * kib, Write: 8, Unmap: 1, Flush: 1, Seed: r.Uint64()}
-			if err := mix.Run(g); err != nil {
-				return err
-			}
-			if err := resize((1 + r.Int64N(size/512-1)) * 512); err != nil {
-				return err
-			}
-			mix.Requests, mix.MaxLength, mix.Seed = 4, 2*kib, r.Uint64()
-			if err := mix.Run(g); err != nil {
-				return err
-			}
-			if err := resize(size); err != nil {
-				return err
-			}
-		}
-		return nil
-	}
-}
-
-// shrinkSnapshotWork is shrinkWork with snapshots of the larger disks.
-func shrinkSnapshotWork(h *snapshotHistory) func(seed uint64) func(g *crashlab.Guest) error {
-	return func(seed uint64) func(g *crashlab.Guest) error {
+// shrinkWork lets a disk become smaller, down to nothing but its first clusters, and larger again between writes. With
+// a history the larger disks have snapshots.
+func shrinkWork(h *snapshotHistory) func(uint64) func(*crashlab.Guest) error {
+	return func(seed uint64) func(*crashlab.Guest) error {
 		return func(g *crashlab.Guest) error {
 			r := newRand(seed)
 			im := g.Subject().(*qcow2Subject).Image
 			size := im.Size()
-			resize := func(to int64) error {
-				return g.Resize(to, func() error { return im.Resize(to, block.PreallocOff) })
+			resize := func(to int64) func() error {
+				return func() error {
+					return g.Resize(to, func() error { return im.Resize(to, block.PreallocOff) })
+				}
 			}
-			var names []string
-			for i := range 4 {
-				mix := crashlab.Mix{Requests: 8, MaxLength: 16 * kib, Write: 8, Unmap: 1, Flush: 1, Seed: r.Uint64()}
-				if err := mix.Run(g); err != nil {
-					return err
-				}
-				name := fmt.Sprint("s", i)
-				if err := h.create(g, name); err != nil {
-					return err
-				}
-				names = append(names, name)
-				if err := resize((1 + r.Int64N(size/512-1)) * 512); err != nil {
-					return err
-				}
-				mix.Requests, mix.MaxLength, mix.Seed = 4, 2*kib, r.Uint64()
-				if err := mix.Run(g); err != nil {
-					return err
-				}
-				if i > 0 && i%2 == 1 {
-					if err := h.delete(g, names[0]); err != nil {
-						return err
+			nothing := func() error { return nil }
+			for i := range shrinkSteps {
+				large := crashlab.Mix{Requests: 12, MaxLength: 16 * kib, Write: 8, Unmap: 1, Flush: 1, Seed: r.Uint64()}
+				small := crashlab.Mix{Requests: 4, MaxLength: 2 * kib, Write: 8, Unmap: 1, Flush: 1, Seed: r.Uint64()}
+				take, drop := nothing, nothing
+				if h != nil {
+					take = func() error { return h.create(g, fmt.Sprint("s", i)) }
+					if i%2 == 1 {
+						drop = func() error { return h.delete(g, fmt.Sprint("s", i/2)) }
 					}
-					names = names[1:]
 				}
-				if err := resize(size); err != nil {
+				err := script(
+					func() error { return large.Run(g) }, take, resize((1+r.Int64N(size/512-1))*512),
+					func() error { return small.Run(g) }, drop, resize(size),
+				)
+				if err != nil {
 					return err
 				}
 			}
