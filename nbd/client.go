@@ -19,6 +19,9 @@ import (
 // ErrReadOnly is wrapped by the error of Dial when an export that only can be read is opened for writing.
 var ErrReadOnly = errors.New("the server offers the export read-only")
 
+// ErrConnectionLost is wrapped by the error of a request that has no answer because its connection ended: see Client.
+var ErrConnectionLost = errors.New("the connection was lost")
+
 // ErrClosed is wrapped by every request after Close.
 var ErrClosed = errors.New("the connection to the NBD server was closed")
 
@@ -70,6 +73,13 @@ func (o *ClientOptions) setDefaults() error {
 //
 // It answers no read in line (TryReadAt), reserves no space (Allocate), and DataExtents reports what the
 // server says reads as zeros as holes. PunchHole and ZeroRange are WRITE_ZEROES without and with NO_HOLE.
+//
+// Errors tell three things apart. A *RemoteError is the server's answer to a request. ErrConnectionLost says that there
+// was none, and never will be: the server hung up, did not answer within RequestTimeout, or broke the protocol, which
+// the rest of the error tells. It is what every request of a client that may write gets from then on: dial again, and
+// repeat all changes since the last Sync. One that only reads gets it when ReconnectDelay is over, and later requests
+// try again. A server that comes back with an export that is not the same, of another size say, is an error of its own:
+// whoever dials again must know. ErrClosed says that Close was called. Errors of Dial are none of these.
 type Client struct {
 	uri    URI
 	name   string
@@ -214,8 +224,14 @@ func (c *Client) link() (*link, error) {
 		c.opt.Logger.Warn("nbd: connection lost, connecting again", "uri", c.name, "error", lost)
 	}
 	l, err := c.reconnect()
-	if err != nil {
-		return nil, fmt.Errorf("%s: the connection was lost (%w) and could not be made again: %w", c.name, lost, err)
+	switch {
+	case err == nil:
+	case c.err != nil: // what is there now is another export
+		return nil, c.err
+	case c.ctx.Err() != nil: // Close waits for mu
+		return nil, fmt.Errorf("%s: %w", c.name, ErrClosed)
+	default:
+		return nil, fmt.Errorf("%s: %w (%w) and could not be made again: %w", c.name, ErrConnectionLost, lost, err)
 	}
 	c.opt.Logger.Info("nbd: connected again", "uri", c.name)
 	c.links[i] = l
@@ -225,7 +241,7 @@ func (c *Client) link() (*link, error) {
 
 // fail makes the loss of a connection final. The caller holds mu.
 func (c *Client) fail(lost error) error {
-	c.err = fmt.Errorf("%s: the connection was lost: %w", c.name, lost)
+	c.err = fmt.Errorf("%s: %w: %w", c.name, ErrConnectionLost, lost)
 	return c.err
 }
 
@@ -271,8 +287,11 @@ func (c *Client) do(cl *call) error {
 		if lost == nil {
 			break
 		}
-		if errors.Is(lost, ErrClosed) || try == maxTries {
-			return fmt.Errorf("%s: %w", c.name, lost)
+		switch {
+		case c.ctx.Err() != nil:
+			return fmt.Errorf("%s: %w", c.name, ErrClosed)
+		case try == maxTries:
+			return fmt.Errorf("%s: %w: %w", c.name, ErrConnectionLost, lost)
 		}
 		cl.reset() // link says whether there will be another try
 	}

@@ -1,6 +1,9 @@
 package nbd_test
 
 import (
+	"context"
+	"errors"
+	"log/slog"
 	"net"
 	"slices"
 	"strings"
@@ -9,8 +12,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/platter-disk/platter/image"
 	"github.com/platter-disk/platter/internal/testenv"
 	"github.com/platter-disk/platter/nbd"
+	"github.com/platter-disk/platter/nbd/internal/nbdtest"
+	"github.com/platter-disk/platter/nbd/server"
 )
 
 // TestClientWriterIsNotRepeated: a write whose connection was lost is not sent again over another one. The
@@ -33,11 +39,11 @@ func TestClientWriterIsNotRepeated(t *testing.T) {
 	if c.Connections() != 3 {
 		t.Fatalf("%d connections", c.Connections())
 	}
-	if _, err := c.WriteAt(make([]byte, 512), 0); err == nil || !strings.Contains(err.Error(), "lost") {
+	if _, err := c.WriteAt(make([]byte, 512), 0); !errors.Is(err, nbd.ErrConnectionLost) {
 		t.Errorf("write: %v", err)
 	}
 	for range 6 { // whichever connection it would take
-		if err := c.Sync(); err == nil || !strings.Contains(err.Error(), "lost") {
+		if err := c.Sync(); !errors.Is(err, nbd.ErrConnectionLost) {
 			t.Errorf("sync after a write was lost: %v", err)
 		}
 	}
@@ -85,7 +91,7 @@ func TestClientIdleConnectionLost(t *testing.T) {
 		t.Fatal("the client does not notice")
 	}
 	for range 3 {
-		if err := c.Sync(); err == nil || !strings.Contains(err.Error(), "lost") {
+		if err := c.Sync(); !errors.Is(err, nbd.ErrConnectionLost) {
 			t.Errorf("sync: %v", err)
 		}
 	}
@@ -141,10 +147,79 @@ func TestClientTimeoutWhileSending(t *testing.T) {
 	go func() { _, err := c.WriteAt(make([]byte, 8<<20), 0); result <- err }()
 	select {
 	case err := <-result:
-		if err == nil || !strings.Contains(err.Error(), "did not answer in time") {
+		if !errors.Is(err, nbd.ErrConnectionLost) || !strings.Contains(err.Error(), "did not answer in time") {
 			t.Errorf("got %v", err)
 		}
 	case <-time.After(testenv.Patience):
 		t.Error("the write waits for a server that reads nothing")
 	}
 }
+
+// TestConnectionLostThroughImage: who uses a disk in an export can tell that the connection was lost, too, and so can
+// its later requests, as the image refuses changes from then on with that error.
+func TestConnectionLostThroughImage(t *testing.T) {
+	ctx := context.Background()
+	for _, format := range []string{"raw", "qcow2"} {
+		s := nbdtest.Serve(t, server.Config{}, server.Export{Device: nbdtest.Disk(t, 4<<20)})
+		if format == "qcow2" {
+			var o image.CreateOptions
+			o.Size = 2 << 20
+			if err := image.Create(ctx, format, s.URI(""), o); err != nil {
+				t.Fatal(err)
+			}
+		}
+		disk, err := image.Open(ctx, s.URI(""), image.Options{Format: format})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := disk.WriteAt(make([]byte, 4096), 0); err != nil {
+			t.Error(err)
+		}
+		if err := s.RemoveExport(ctx, ""); err != nil {
+			t.Error(err)
+		}
+		_, read := disk.ReadAt(make([]byte, 4096), 0)
+		_, write := disk.WriteAt(make([]byte, 4096), 0)
+		for what, err := range map[string]error{"read": read, "write": write, "flush": disk.Flush(), "second flush": disk.Flush(), "close": disk.Close()} {
+			if !errors.Is(err, nbd.ErrConnectionLost) {
+				t.Errorf("%s, %s: %v", format, what, err)
+			}
+		}
+	}
+}
+
+// TestClientClosedWhileReconnecting: who closes a client that is trying to connect again is told that it was closed,
+// not that the connection was lost.
+func TestClientClosedWhileReconnecting(t *testing.T) {
+	lost := make(chan struct{})
+	logger := slog.New(tell{slog.DiscardHandler, lost})
+	s := nbdtest.Serve(t, server.Config{}, server.Export{Device: nbdtest.Disk(t, 1<<20)})
+	c, err := nbd.Dial(s.URI(""), nbd.ClientOptions{ReadOnly: true, ReconnectDelay: testenv.Patience, Logger: logger})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Stop()
+	result := make(chan error, 1)
+	go func() { _, err := c.ReadAt(make([]byte, 1), 0); result <- err }()
+	select {
+	case <-lost:
+	case err := <-result:
+		t.Fatalf("the client does not connect again: %v", err)
+	}
+	if err := c.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := <-result; !errors.Is(err, nbd.ErrClosed) || errors.Is(err, nbd.ErrConnectionLost) {
+		t.Errorf("got %v", err)
+	}
+}
+
+// tell closes a channel when something is logged, once.
+type tell struct {
+	slog.Handler
+	logged chan struct{}
+}
+
+func (tell) Enabled(context.Context, slog.Level) bool { return true }
+
+func (h tell) Handle(context.Context, slog.Record) error { close(h.logged); return nil }

@@ -168,12 +168,11 @@ func (f *serveFlags) run(cmd *cobra.Command, args []string) (err error) {
 	}
 	for i, e := range exports {
 		if err := srv.AddExport(server.Export{
-			Name:           e.name,
-			Default:        i == 0,
-			Description:    filepath.Base(e.image.Name()),
-			Device:         e.device(),
-			ReadOnly:       f.readOnly,
-			PreferredBlock: preferredBlock(e.image.Limits().Preferred),
+			Name:        e.name,
+			Default:     i == 0,
+			Description: filepath.Base(e.image.Name()),
+			Device:      e.device(),
+			ReadOnly:    f.readOnly,
 		}); err != nil {
 			return err
 		}
@@ -352,12 +351,6 @@ func (f *serveFlags) createMissing(ctx context.Context, cmd *cobra.Command, name
 	}
 	fmt.Fprintf(cmd.ErrOrStderr(), "platter: created '%s' (%s, %s)\n", name, format, formatSize(size))
 	return nil
-}
-
-// preferredBlock is what clients are told to prefer: the format's own unit within what is sensible for a
-// client, which may use it to align caches and buffers.
-func preferredBlock(unit int64) int {
-	return int(min(max(unit, 4096), 1<<20))
 }
 
 // maxSocketPath is the length of a socket's path that every system allows: sun_path has 104 bytes on macOS

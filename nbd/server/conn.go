@@ -23,13 +23,14 @@ type conn struct {
 	srv *Server
 	log *slog.Logger
 	nc  net.Conn // over TLS after STARTTLS
-	raw net.Conn // the socket; drain and kill use it from other goroutines
+	raw net.Conn // the socket; interrupt and kill use it from other goroutines
 
-	terms  // settled by the handshake
-	export *export
-	fixed  bool // the client speaks fixed newstyle
-	zeroes bool // the client wants padding after EXPORT_NAME
-	secure bool // TLS is on
+	terms              // settled by the handshake
+	export *export     // once it is chosen; written with the server's mu, which others read it with
+	meta   metaRequest // what its contexts were selected for
+	fixed  bool        // the client speaks fixed newstyle
+	zeroes bool        // the client wants padding after EXPORT_NAME
+	secure bool        // TLS is on
 	option []byte
 
 	out   *outbox.Queue
@@ -40,6 +41,7 @@ type conn struct {
 	waiting   atomic.Bool  // for the server's budget
 	cut       *time.Timer  // while it waits: cuts the connections of those who stall
 	receiving atomic.Int64 // when a large payload began to arrive, Unix nanoseconds; 0 when none does
+	ending    atomic.Bool  // drain was called
 	killed    atomic.Bool
 	work      chan *request // closed when the reader ends
 	idle      atomic.Int32  // workers that wait for work, less what was queued for them
@@ -63,13 +65,26 @@ func newConn(s *Server, nc net.Conn) *conn {
 // run is the whole life of a connection.
 func (c *conn) run() {
 	defer c.raw.Close()
+	if c.serveClient() {
+		c.linger()
+	}
+}
+
+// serveClient serves the client from the greeting to the last reply, and tells whether to linger. When it returns the
+// connection does not use its export any more, and the client can know.
+func (c *conn) serveClient() (linger bool) {
+	defer func() {
+		if c.export != nil {
+			c.export.users.Done()
+		}
+	}()
 	c.setDeadline(time.Now().Add(c.srv.cfg.HandshakeTimeout))
 	ok, err := c.negotiate()
 	if err != nil {
 		c.srv.failedHandshakes.log(c.log, "error", err)
 	}
 	if err != nil || !ok {
-		return
+		return false
 	}
 	c.setDeadline(time.Time{})
 	c.log = c.log.With("export", c.export.Name)
@@ -96,7 +111,7 @@ func (c *conn) run() {
 	switch {
 	case err == nil:
 		c.log.Debug("nbd: client disconnected")
-	case c.srv.draining.Load():
+	case c.ending.Load():
 		c.log.Debug("nbd: connection shut down")
 	case sent != nil:
 		c.srv.untaken.log(c.log, "error", sent)
@@ -105,16 +120,22 @@ func (c *conn) run() {
 	default:
 		c.srv.brokenRules.log(c.log, "error", err)
 	}
-	c.hangUp(err != nil && sent == nil)
+	return c.hangUp() && err != nil && sent == nil
 }
 
-// hangUp says goodbye. A client that does not expect it is given time to read what was sent.
-func (c *conn) hangUp(linger bool) {
+// hangUp says goodbye. It returns false when nothing more can come from the client.
+func (c *conn) hangUp() bool {
 	c.raw.SetDeadline(time.Now().Add(lingerTime))
 	half, ok := c.nc.(interface{ CloseWrite() error }) // over TLS it sends close_notify
-	if !ok || half.CloseWrite() != nil || !linger {
-		return
+	if !ok {
+		c.raw.Close()
+		return false
 	}
+	return half.CloseWrite() == nil
+}
+
+// linger gives a client that does not expect the end time to read what was sent.
+func (c *conn) linger() {
 	buf := bufpool.Get(32 << 10)
 	defer buf.Put()
 	for {
@@ -124,11 +145,11 @@ func (c *conn) hangUp(linger bool) {
 	}
 }
 
-// setDeadline sets the deadline of reads and writes, unless Shutdown has set that of reads already.
+// setDeadline sets the deadline of reads and writes, unless drain has set that of reads already.
 func (c *conn) setDeadline(t time.Time) {
 	c.raw.SetDeadline(t)
-	if c.srv.draining.Load() { // its interruption may have come just before the line above
-		c.drain()
+	if c.ending.Load() { // its interruption may have come just before the line above
+		c.interrupt()
 	}
 }
 
@@ -145,8 +166,16 @@ func (c *conn) stalled() time.Duration {
 	return d
 }
 
-// drain makes the reader stop waiting for requests. Server.draining tells it why.
-func (c *conn) drain() { c.raw.SetReadDeadline(time.Unix(1, 0)) }
+// drain makes the reader begin nothing any more, and end. Once is enough: later it would only take from a client the
+// time to read its last replies.
+func (c *conn) drain() {
+	if !c.ending.Swap(true) {
+		c.interrupt()
+	}
+}
+
+// interrupt makes the reader stop waiting for requests.
+func (c *conn) interrupt() { c.raw.SetReadDeadline(time.Unix(1, 0)) }
 
 // kill cuts the connection.
 func (c *conn) kill() {

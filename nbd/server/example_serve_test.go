@@ -29,7 +29,7 @@ import (
 // host serves disks in this process.
 type host struct {
 	server *server.Server
-	disks  []block.Device
+	disks  map[string]block.Device // by the names of their exports
 	served chan error
 	n      int // listeners
 }
@@ -45,14 +45,14 @@ func newHost(certificate *tls.Certificate, listeners ...net.Listener) (*host, er
 	if err != nil {
 		return nil, err
 	}
-	h := &host{server: s, served: make(chan error, len(listeners)), n: len(listeners)}
+	h := &host{server: s, disks: map[string]block.Device{}, served: make(chan error, len(listeners)), n: len(listeners)}
 	for _, l := range listeners {
 		go func() { h.served <- s.Serve(context.Background(), l) }()
 	}
 	return h, nil
 }
 
-// add serves an image under a name, also while clients are being served. One call at a time.
+// add serves an image under a name, also while clients are being served. One call at a time, of add or remove.
 func (h *host) add(ctx context.Context, name, path string) error {
 	if crashed, err := notClosed(path); err != nil {
 		return err
@@ -63,12 +63,25 @@ func (h *host) add(ctx context.Context, name, path string) error {
 	if err != nil {
 		return err
 	}
-	preferred := int(min(disk.Limits().Preferred, 2<<20)) // what a client had better write whole: a cluster
-	if err := h.server.AddExport(server.Export{Name: name, Device: disk, PreferredBlock: preferred}); err != nil {
+	if err := h.server.AddExport(server.Export{Name: name, Device: disk}); err != nil {
 		return errors.Join(err, disk.Close())
 	}
-	h.disks = append(h.disks, disk)
+	h.disks[name] = disk
 	return nil
+}
+
+// remove takes a disk away from its clients and leaves its image clean; the others are served on. What the clients have
+// begun is answered, for ten seconds at most.
+func (h *host) remove(ctx context.Context, name string) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	err := h.server.RemoveExport(ctx, name)
+	if errors.Is(err, server.ErrUnknownExport) {
+		return err
+	}
+	disk := h.disks[name] // nobody uses it any more, even if time ran out
+	delete(h.disks, name)
+	return errors.Join(err, disk.Close())
 }
 
 // close answers what clients have begun, for ten seconds at most, and leaves the images clean.
@@ -118,7 +131,7 @@ func notClosed(path string) (bool, error) {
 	return false, nil
 }
 
-// Two disks on a Unix socket and on TCP with TLS, one of them added while the server runs.
+// Two disks on a Unix socket and on TCP with TLS, one of them added and one taken away while the server runs.
 func Example() {
 	dir, err := os.MkdirTemp("", "platter")
 	if err != nil {
@@ -171,6 +184,10 @@ func Example() {
 		fmt.Println(e.Name, e.Size)
 	}
 	fmt.Println(err)
+
+	fmt.Println(h.remove(ctx, "one"))
+	_, err = client.WriteAt(make([]byte, 4096), 0)
+	fmt.Println(errors.Is(err, nbd.ErrConnectionLost))
 	if err := client.Close(); err != nil {
 		log.Fatal(err)
 	}
@@ -179,6 +196,8 @@ func Example() {
 	// one 67108864
 	// two 67108864
 	// <nil>
+	// <nil>
+	// true
 	// 4096 <nil>
 }
 

@@ -161,6 +161,68 @@ func TestQemuIO(t *testing.T) {
 	}
 }
 
+// TestRemoveFromQemuIO: QEMU's client sees errors when its disk is taken away, and another one of the same server does
+// not.
+func TestRemoveFromQemuIO(t *testing.T) {
+	testenv.Need(t, "qemu-io")
+	hot, other := nbdtest.Disk(t, 4<<20), nbdtest.Disk(t, 4<<20)
+	s := nbdtest.Serve(t, server.Config{}, server.Export{Name: "hot", Device: hot}, server.Export{Name: "other", Device: other})
+	type client struct {
+		cmd  *exec.Cmd
+		in   io.WriteCloser
+		out  bytes.Buffer
+		name string
+	}
+	start := func(name string) *client {
+		c := &client{cmd: exec.Command("qemu-io", "-f", "raw", s.URI(name)), name: name}
+		c.cmd.Stdout, c.cmd.Stderr = &c.out, &c.out
+		in, err := c.cmd.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.in = in
+		if err := c.cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	wrote := func(c *client, d block.Device, value byte) {
+		t.Helper()
+		fmt.Fprintf(c.in, "write -P %d 0 64k\nflush\n", value)
+		got := make([]byte, 64<<10)
+		testenv.Until(t, "what "+c.name+" writes", func() bool {
+			_, err := d.ReadAt(got, 0)
+			return err == nil && bytes.Equal(got, filled(value, len(got)))
+		})
+	}
+	a, b := start("hot"), start("other")
+	wrote(a, hot, 1)
+	wrote(b, other, 2)
+	ctx, cancel := context.WithTimeout(context.Background(), testenv.Patience)
+	defer cancel()
+	if err := s.RemoveExport(ctx, "hot"); err != nil {
+		t.Fatal(err)
+	}
+	if err := hot.Close(); err != nil {
+		t.Error(err)
+	}
+	fmt.Fprint(a.in, "write -P 3 0 64k\nread 0 64k\n")
+	wrote(b, other, 4)
+	for _, c := range []*client{a, b} {
+		c.in.Close()
+		c.cmd.Wait() // qemu-io's status tells of the commands that failed
+	}
+	if out := a.out.String(); !strings.Contains(out, "write failed") || !strings.Contains(out, "read failed") {
+		t.Errorf("the client of the removed export: %s", out)
+	}
+	if out := b.out.String(); strings.Contains(out, "failed") {
+		t.Errorf("the client of the other export: %s", out)
+	}
+	if out, err := exec.Command("qemu-io", "-f", "raw", s.URI("hot"), "-c", "read 0 512").CombinedOutput(); err == nil {
+		t.Errorf("a client got the removed export: %s", out)
+	}
+}
+
 func TestQemuImg(t *testing.T) {
 	testenv.Need(t, "qemu-img")
 	path, contents := randomFile(t, 24<<20)

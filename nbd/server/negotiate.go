@@ -21,6 +21,12 @@ type metaContext struct {
 	kind contextKind
 }
 
+// metaRequest is what metadata contexts were selected for.
+type metaRequest struct {
+	name   string  // as the client asked
+	export *export // that answered to it
+}
+
 // knownContexts are all there are, by id.
 func knownContexts() []metaContext {
 	return []metaContext{
@@ -50,7 +56,6 @@ func (c *conn) negotiate() (bool, error) {
 	}
 	c.fixed = flags&nbd.ClientFixedNewstyle != 0
 	c.zeroes = flags&nbd.ClientNoZeroes == 0
-	var metaExport *export // the export that c.contexts were negotiated for
 	for {
 		if _, err := io.ReadFull(c.nc, head); err != nil {
 			if errors.Is(err, io.EOF) {
@@ -77,10 +82,7 @@ func (c *conn) negotiate() (bool, error) {
 			err = c.refuse(h.Code, nbd.RepErrTLSRequired, "the server requires TLS")
 		default:
 			var done bool
-			if done, err = c.handleOption(h.Code, data, &metaExport); done {
-				if c.export != metaExport {
-					c.contexts = nil
-				}
+			if done, err = c.handleOption(h.Code, data); done {
 				return true, err
 			}
 		}
@@ -109,7 +111,7 @@ func (c *conn) readOption(h nbd.OptionHeader) (data []byte, fits bool, err error
 }
 
 // handleOption carries out one option. done is true when the transmission phase begins.
-func (c *conn) handleOption(code nbd.OptionCode, data []byte, metaExport **export) (done bool, err error) {
+func (c *conn) handleOption(code nbd.OptionCode, data []byte) (done bool, err error) {
 	switch code {
 	case nbd.OptList, nbd.OptStartTLS, nbd.OptStructuredReply, nbd.OptExtendedHeaders:
 		if len(data) != 0 {
@@ -128,7 +130,6 @@ func (c *conn) handleOption(code nbd.OptionCode, data []byte, metaExport **expor
 		}
 		return false, c.reply(code, nbd.RepAck, nil)
 	case nbd.OptStartTLS:
-		*metaExport = nil
 		return false, c.startTLS()
 	case nbd.OptInfo, nbd.OptGo:
 		return c.info(code, data)
@@ -142,29 +143,42 @@ func (c *conn) handleOption(code nbd.OptionCode, data []byte, metaExport **expor
 		c.mode = nbd.ExtendedReplies
 		return false, c.reply(code, nbd.RepAck, nil)
 	case nbd.OptListMetaContext, nbd.OptSetMetaContext:
-		return false, c.metaContexts(code, data, metaExport)
+		return false, c.metaContexts(code, data)
 	}
 	return false, c.refuse(code, nbd.RepErrUnsupported, fmt.Sprintf("%s is unknown", code))
 }
 
 // exportName is EXPORT_NAME, which can only end the connection where it cannot succeed.
 func (c *conn) exportName(name string) (bool, error) {
-	x := c.srv.find(name)
-	if x == nil {
-		return false, fmt.Errorf("export %q does not exist", name)
-	}
 	if c.mode == nbd.ExtendedReplies {
 		return false, fmt.Errorf("%w: EXPORT_NAME after EXTENDED_HEADERS", nbd.ErrProtocol)
 	}
-	c.choose(x)
+	x := c.choose(name)
+	if x == nil {
+		return false, fmt.Errorf("export %q does not exist", name)
+	}
 	_, err := c.nc.Write(nbd.AppendExportNameReply(nil, x.size, x.flags(c.mode), c.zeroes))
 	return true, err
 }
 
-// choose settles the terms of the transmission phase.
-func (c *conn) choose(x *export) {
+// choose settles the terms of the transmission phase with the export that answers to a name, which it returns, or nil.
+// RemoveExport waits for the connection from then on, so it comes before the reply that gives the client the export.
+func (c *conn) choose(name string) *export {
+	c.srv.mu.Lock()
+	defer c.srv.mu.Unlock()
+	x := c.srv.findLocked(name)
+	if x == nil {
+		return nil
+	}
+	x.users.Add(1)
 	c.export = x
 	c.size, c.blocks, c.readOnly = x.size, x.blocks, x.ReadOnly
+	// Contexts that were selected for another export are not valid. But who asked by the same name gets them: this one
+	// may have come in the place of one that was removed meanwhile, and the client cannot know.
+	if c.meta.export != x && c.meta.name != name {
+		c.contexts = nil
+	}
+	return x
 }
 
 // info is INFO and GO.
@@ -173,7 +187,11 @@ func (c *conn) info(code nbd.OptionCode, data []byte) (bool, error) {
 	if err != nil {
 		return false, c.refuse(code, nbd.RepErrInvalid, err.Error())
 	}
-	x := c.srv.find(r.Name)
+	find := c.srv.find
+	if code == nbd.OptGo {
+		find = c.choose
+	}
+	x := find(r.Name)
 	if x == nil {
 		return false, c.refuse(code, nbd.RepErrUnknown, fmt.Sprintf("export %q does not exist", r.Name))
 	}
@@ -189,11 +207,7 @@ func (c *conn) info(code nbd.OptionCode, data []byte) (bool, error) {
 	}
 	out = nbd.AppendOptionReply(out, code, nbd.RepAck, nil)
 	_, err = c.nc.Write(out)
-	if err != nil || code == nbd.OptInfo {
-		return false, err
-	}
-	c.choose(x)
-	return true, nil
+	return code == nbd.OptGo, err
 }
 
 // startTLS upgrades the connection. What was negotiated in the clear is forgotten, as the protocol demands.
@@ -218,10 +232,10 @@ func (c *conn) startTLS() error {
 }
 
 // metaContexts is LIST_META_CONTEXT and SET_META_CONTEXT.
-func (c *conn) metaContexts(code nbd.OptionCode, data []byte, metaExport **export) error {
+func (c *conn) metaContexts(code nbd.OptionCode, data []byte) error {
 	set := code == nbd.OptSetMetaContext
 	if set { // replaces what was set before, even if it fails
-		c.contexts, *metaExport = nil, nil
+		c.contexts = nil
 		if c.mode == nbd.SimpleReplies {
 			return c.refuse(code, nbd.RepErrInvalid, "structured replies must be negotiated first")
 		}
@@ -252,7 +266,7 @@ func (c *conn) metaContexts(code nbd.OptionCode, data []byte, metaExport **expor
 		out = nbd.AppendOptionReply(out, code, nbd.RepMetaContext, nbd.MetaContext{ID: id, Name: m.name}.Append(nil))
 	}
 	if set {
-		*metaExport = x
+		c.meta = metaRequest{r.Name, x}
 	}
 	_, err = c.nc.Write(nbd.AppendOptionReply(out, code, nbd.RepAck, nil))
 	return err

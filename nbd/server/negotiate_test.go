@@ -11,6 +11,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/platter-disk/platter/block"
 	"github.com/platter-disk/platter/nbd"
 	"github.com/platter-disk/platter/nbd/internal/nbdtest"
 	"github.com/platter-disk/platter/nbd/server"
@@ -228,4 +229,46 @@ func TestTLSModes(t *testing.T) {
 	if n > 0 && rest[0] != 21 { // a TLS alert
 		t.Fatalf("the server answered %q", rest[:n])
 	}
+}
+
+// TestPreferredBlock: what clients are told to prefer is what the device does, within bounds.
+func TestPreferredBlock(t *testing.T) {
+	for _, c := range []struct {
+		export     server.Export
+		device     int64
+		maxRequest int
+		want       uint32
+	}{
+		{device: 64 << 10, want: 64 << 10},
+		{device: 512, want: 4096},
+		{device: 0, want: 4096},
+		{device: 2 << 20, want: 1 << 20},
+		{device: 1 << 40, want: 1 << 20},
+		{device: 1 << 20, maxRequest: 100_000, want: 64 << 10},
+		{device: 4096, export: server.Export{MinBlock: 16 << 10}, want: 16 << 10},
+		{device: 64 << 10, export: server.Export{PreferredBlock: 512}, want: 512},
+		{device: 64 << 10, export: server.Export{PreferredBlock: 8 << 20}, want: 8 << 20},
+	} {
+		x := c.export
+		x.Device = &preferring{nbdtest.Disk(t, 16<<20), c.device}
+		s := nbdtest.Serve(t, server.Config{MaxRequest: c.maxRequest}, x)
+		list, err := nbd.List(s.URI(""), nbd.ClientOptions{})
+		if err != nil || len(list) != 1 || list[0].Blocks.Preferred != c.want {
+			t.Errorf("%+v: got %+v, %v", c, list, err)
+		}
+		s.Stop()
+	}
+}
+
+// preferring is a disk with a unit of its own.
+type preferring struct {
+	block.Device
+	unit int64
+}
+
+// Limits implements block.Device.
+func (p *preferring) Limits() block.Limits {
+	l := p.Device.Limits()
+	l.Preferred = p.unit
+	return l
 }

@@ -5,7 +5,8 @@
 //	l, err := server.Listen("unix", "/run/disk.sock")
 //	go s.Serve(ctx, l)
 //	…
-//	err = s.Shutdown(ctx) // answers what is in flight; closing the devices is the caller's
+//	err = s.RemoveExport(ctx, "") // answers what is in flight in one device, which the caller may then close
+//	err = s.Shutdown(ctx)         // the same for all; closing the devices is the caller's
 //
 // docs/library.md of the repository has whole programs, with TLS and with disks that move over from a base image.
 //
@@ -39,6 +40,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
 	"net"
 	"sync"
@@ -64,7 +66,8 @@ type Config struct {
 	TLSConfig *tls.Config // with at least a certificate; RequireClientCertificates makes it verify clients. Required unless TLSOff.
 
 	// OnIdle is called each time the last connection has ended, if a client has begun to use an export since the
-	// call before; one that only lists exports, or fails to connect, does not. It must not wait for Shutdown.
+	// call before; one that only lists exports, or fails to connect, does not. It must not wait for Shutdown, but may
+	// for RemoveExport.
 	OnIdle func()
 
 	MaxRequest           int           // bytes of one read or write; 64 KiB to 1 GiB, default 32 MiB
@@ -280,22 +283,39 @@ func (s *Server) cutStalled() {
 
 // Shutdown stops accepting, lets every connection finish and answer what it has begun, answers what it has
 // not begun with ESHUTDOWN, and closes it. When ctx ends first the connections are cut and ctx's error is
-// returned; requests may then still be running in the devices. A second call waits like the first.
+// returned; requests may then still be running in the devices, and RemoveExport waits for those in one of them.
+// A second call waits like the first.
 func (s *Server) Shutdown(ctx context.Context) error {
 	defer s.summarize()
 	s.mu.Lock()
 	s.draining.Store(true)
+	for c := range s.connsOf(nil) {
+		c.drain()
+	}
 	for l := range s.listeners {
 		l.Close()
 	}
-	for c := range s.conns {
-		c.drain()
-	}
 	s.mu.Unlock()
+	return s.settle(ctx, nil, &s.done)
+}
 
+// connsOf are the connections that use an export, or all of them if it is nil. The caller holds mu.
+func (s *Server) connsOf(x *export) iter.Seq[*conn] {
+	return func(yield func(*conn) bool) {
+		for c := range s.conns {
+			if (x == nil || c.export == x) && !yield(c) {
+				return
+			}
+		}
+	}
+}
+
+// settle waits for the end of connections that were told to drain: those that connsOf gives for x, which users counts.
+// When ctx ends first it cuts them and returns ctx's error.
+func (s *Server) settle(ctx context.Context, x *export, users *sync.WaitGroup) error {
 	finished := make(chan struct{})
 	go func() {
-		s.done.Wait()
+		users.Wait()
 		close(finished)
 	}()
 	select {
@@ -304,7 +324,7 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	case <-ctx.Done():
 	}
 	s.mu.Lock()
-	for c := range s.conns {
+	for c := range s.connsOf(x) {
 		c.kill()
 	}
 	s.mu.Unlock()

@@ -34,8 +34,8 @@ const (
 	maxSlowWrite = 4096
 )
 
-// transmit is the reader: it serves requests until the client leaves or breaks the protocol, or the server
-// shuts down.
+// transmit is the reader: it serves requests until the client leaves or breaks the protocol, or the export
+// is removed or the server shuts down.
 func (c *conn) transmit() error {
 	buf := bufpool.Get(receiveSize)
 	defer buf.Put()
@@ -80,8 +80,11 @@ func (c *conn) serve(in []byte) (used int, err error) {
 		}
 		payload := r.PayloadLength(extended)
 		code, rule := c.check(&r)
-		if c.srv.draining.Load() {
-			code, rule = nbd.ESHUTDOWN, "the server is shutting down"
+		if c.ending.Load() {
+			code, rule = nbd.ESHUTDOWN, "the export was removed"
+			if c.srv.draining.Load() {
+				rule = "the server is shutting down"
+			}
 		}
 		switch {
 		case code != 0 && payload > maxDrain:
