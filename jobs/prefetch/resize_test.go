@@ -9,6 +9,7 @@ import (
 
 	"github.com/platter-disk/platter/block"
 	"github.com/platter-disk/platter/format/qcow2"
+	"github.com/platter-disk/platter/internal/testenv"
 	"github.com/platter-disk/platter/storage"
 )
 
@@ -100,12 +101,13 @@ func TestSmallerDisk(t *testing.T) {
 	if err := g.ReadBase(q, 0); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := g.Populate(q, 0); err != nil {
-		t.Fatal(err)
-	}
-	if start, n := g.NextInBase(0); n > 0 {
-		t.Errorf("%d bytes at %d", n, start)
-	}
+	testenv.Until(t, "nothing lives in the base image", func() bool { // what was read above is being copied, and passed over
+		if _, err := g.Populate(q, 0); err != nil {
+			t.Fatal(err)
+		}
+		_, n := g.NextInBase(0)
+		return n == 0
+	})
 	if err := g.DetachBase(); err != nil {
 		t.Error(err)
 	}
