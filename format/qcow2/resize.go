@@ -15,9 +15,10 @@ import (
 // dirty bitmaps, cannot change its size. Requests for the part of the disk that stays may go on meanwhile.
 //
 // Growth that fails, or is interrupted (Options.Interrupt), gives back what it has laid out; the disk keeps its size.
-// A disk shrinks in one durable step; what lay past its end is given up after that, and Close cuts the file off behind
-// what is left. If that fails or is interrupted the disk is smaller, and the image keeps some of the space until the
-// next time it shrinks. A smaller disk takes no preallocation.
+// A disk shrinks in one durable step; of the requests that lie past its new end, the ones already under way may still be
+// answered. What lay there is given up after that: Close cuts the file off behind what is left, and an external data file
+// ends with the disk. If that fails or is interrupted the disk is smaller, and the image keeps some of the space until
+// the next time it shrinks. A smaller disk takes no preallocation.
 func (im *Image) Resize(size int64, prealloc block.Preallocation) error {
 	im.resizing.Lock()
 	defer im.resizing.Unlock()

@@ -61,9 +61,6 @@ func (im *Image) dropPast(size int64) error {
 	if err := im.clearPast(size, end-size); err != nil {
 		return err
 	}
-	if err := im.flush(); err != nil {
-		return err
-	}
 	if im.geo.dataFile {
 		return im.sizeData(size)
 	}
@@ -73,8 +70,8 @@ func (im *Image) dropPast(size int64) error {
 	return nil
 }
 
-// clearPast writes zeros to the rest of the cluster that the disk ends in, if the image holds it: whoever lets the disk
-// grow again need not know that something was there.
+// clearPast durably writes zeros to the rest of the cluster that the disk ends in, if the image holds it: whoever lets
+// the disk grow again need not know that something was there.
 func (im *Image) clearPast(off, n int64) error {
 	held := false
 	err := im.extents(off, n, func(e block.Extent) bool {
@@ -84,7 +81,10 @@ func (im *Image) clearPast(off, n int64) error {
 	if err != nil || !held {
 		return err
 	}
-	return im.writeZeroBytes(guestOff(off), n)
+	if err := im.writeZeroBytes(guestOff(off), n); err != nil {
+		return err
+	}
+	return im.flush()
 }
 
 // dropTablePast gives up what an L2 table maps at off or past it, and the table if that is all of it.
